@@ -1,0 +1,3 @@
+"""One file per attack; each is what a malicious client does (see ``fedsim.attack``)."""
+
+__fedsim__ = "fedsim-backdoor"

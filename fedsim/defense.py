@@ -1,0 +1,252 @@
+"""The defense interface: what the server does with the updates of one round.
+
+A defense is a pipeline of stages. Each stage is a few hooks with identity defaults:
+
+* ``screen(round)`` — weigh or reject clients, and say what it thought of each (a score),
+* ``transform(round)`` — change the updates (clip, add noise to each),
+* ``aggregate(round)`` — combine the updates (at most one stage of a pipeline; default: the weighted mean),
+* ``finish(vector, round)`` — touch the aggregate (add noise).
+
+The stages run in order: ``screen`` and ``transform`` of each, then the aggregation, then every ``finish``. A
+stage never meets a client that an earlier one rejected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsim import streams
+from fedsim.errors import RunError
+from fedsim.layout import Layout
+from fedsim.plugins import Plugin
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RoundUpdates:
+    """What the server holds of one round; rows are clients in ascending order.
+
+    updates: (N, D) client minus global. num_examples: (N,) as the clients say. global_vector: (D,).
+    weights: (N,) non-negative, the share each client has by now (before normalisation); starts as num_examples.
+    accepted: (N,) bool. trainable: T, ``updates[:, :T]`` are trainable parameters, the rest running statistics.
+    clients: the ids behind the rows. round: from 1. seed: of the run, for :meth:`generator`.
+    """
+
+    updates: Tensor
+    num_examples: Tensor
+    global_vector: Tensor
+    weights: Tensor
+    accepted: Tensor
+    trainable: int
+    clients: tuple[int, ...]
+    round: int = 1
+    seed: int = 0
+    layout: Layout | None = None
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return int(self.updates.shape[0])
+
+    def seen(self, scope: str) -> Tensor:
+        """The part of the updates a method looks at: ``all`` (N, D) or ``trainable`` (N, T), as a view."""
+        return self.updates if scope == "all" else self.updates[:, : self.trainable]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """The round's random stream for ``purpose``, on the updates' device."""
+        return streams.generator(self.seed, "defense", purpose, self.round, device=self.updates.device)
+
+    def mean_weights(self) -> Tensor:
+        """(N,) the weights of accepted clients, normalised to sum 1; all zero if nobody is accepted."""
+        kept = torch.where(self.accepted, self.weights, torch.zeros_like(self.weights))
+        total = kept.sum()
+        return kept / total if total > 0 else torch.zeros_like(kept)
+
+
+@dataclass(frozen=True)
+class Screening:
+    """What a stage thought of the clients.
+
+    accepted: (N,) bool or None (everybody). weights: (N,) new weights or None (unchanged).
+    scores: name → (N,), larger is more suspicious (AUROC is computed that way).
+    """
+
+    accepted: Tensor | None = None
+    weights: Tensor | None = None
+    scores: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Aggregated:
+    """What an aggregating stage made.
+
+    vector: (D,) the aggregated update. weights: (N,) share of each client in it, summing to 1.
+    """
+
+    vector: Tensor
+    weights: Tensor
+    scores: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Defense(Plugin):
+    """One stage of the server's pipeline; see the module for the hooks.
+
+    ``state`` is everything a stage keeps from round to round: tensors, numbers, strings, lists of these. It is
+    checkpointed; a stage keeps nothing elsewhere.
+
+    min_clients: the least number of updates the method can work on.
+    """
+
+    kind: ClassVar[str] = "defense"
+    min_clients: ClassVar[int] = 1
+
+    def __init__(self, parameters: Any = None) -> None:
+        super().__init__(parameters)
+        self.state: State = {}
+
+    @classmethod
+    def required_clients(cls, parameters: Any) -> int:
+        """The least number of clients a round needs with these parameters."""
+        return cls.min_clients
+
+    @classmethod
+    def aggregates(cls) -> bool:
+        """Whether the stage brings its own aggregation rule."""
+        return cls.aggregate is not Defense.aggregate
+
+    def screen(self, round: RoundUpdates) -> Screening:
+        """Weigh or reject clients; sees the updates as they came from the stage before."""
+        return Screening()
+
+    def transform(self, round: RoundUpdates) -> Tensor:
+        """The updates (N, D) after this stage; ``round.accepted`` already holds its own verdict.
+
+        Return ``round.updates`` itself to leave them alone; never change it in place.
+        """
+        return round.updates
+
+    def aggregate(self, round: RoundUpdates) -> Aggregated:
+        """Combine the accepted updates: by default their weighted mean (FedAvg)."""
+        weights = round.mean_weights()
+        return Aggregated(weights @ round.updates, weights)
+
+    def finish(self, vector: Tensor, round: RoundUpdates) -> Tensor:
+        """The aggregated update (D,) after this stage."""
+        return vector
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What a pipeline made of one round.
+
+    vector: (D,) the aggregated update; the new global model is ``global_vector + η · vector``.
+    weights: (N,) share of each client, summing to 1 (0 if the round was rejected whole).
+    accepted: (N,) bool. scores: ``stage.score`` → (N,).
+    """
+
+    vector: Tensor
+    weights: Tensor
+    accepted: Tensor
+    scores: dict[str, Tensor]
+    global_vector: Tensor
+
+    @property
+    def model(self) -> Tensor:
+        """(D,) the new global model for a server learning rate of 1."""
+        return self.global_vector + self.vector
+
+
+def apply_pipeline(stages: Sequence[Defense], round: RoundUpdates) -> Aggregation:
+    """Run the stages over one round.
+
+    A stage sees only the clients that no earlier stage rejected; scores of rejected clients are NaN from then
+    on. If every client is rejected the aggregated update is zero: the global model stays.
+
+    Raises
+    ------
+    RunError: fewer clients than a stage needs, or a stage returned a tensor of the wrong shape or not finite.
+    """
+    total, dtype = round.count, round.updates.dtype
+    alive = torch.arange(total, device=round.updates.device)  # rows of the full round behind the current rows
+    scores: dict[str, Tensor] = {}
+    combiner, combiner_prefix = Defense(), ""
+
+    def keep_scores(prefix: str, named: dict[str, Tensor]) -> None:
+        for name, value in named.items():
+            _check(prefix, f"score {name!r}", value, (round.count,), finite=False)
+            full = torch.full((total,), float("nan"), dtype=torch.float64, device=value.device)
+            full[alive] = value.to(torch.float64)
+            scores[f"{prefix}.{name}"] = full
+
+    for stage, prefix in zip(stages, _prefixes(stages), strict=True):
+        if stage.aggregates():
+            combiner, combiner_prefix = stage, prefix
+        alive, round = _drop_rejected(alive, round)
+        need = stage.required_clients(stage.parameters)
+        if round.count < need:
+            raise RunError(
+                f"round {round.round}: the defense {stage.name!r} needs at least {need} clients, {round.count} "
+                f"are left; raise federation.clients_per_round, or lower the drop-out or an earlier stage's zeal"
+            )
+        screening = stage.screen(round)
+        keep_scores(prefix, screening.scores)
+        if screening.weights is not None:
+            _check(prefix, "weights", screening.weights, (round.count,))
+            round = replace(round, weights=screening.weights.to(dtype))
+        if screening.accepted is not None:
+            _check(prefix, "accepted", screening.accepted, (round.count,))
+            round = replace(round, accepted=round.accepted & screening.accepted)
+        updates = stage.transform(round)
+        _check(prefix, "transform", updates, round.updates.shape)
+        round = replace(round, updates=updates)
+    weights = torch.zeros(total, dtype=dtype, device=round.updates.device)
+    accepted = torch.zeros(total, dtype=torch.bool, device=round.updates.device)
+    vector = torch.zeros_like(round.global_vector)
+    if combiner.aggregates():
+        alive, round = _drop_rejected(alive, round)
+    if bool(round.accepted.any()):
+        combined = combiner.aggregate(round)
+        name = combiner_prefix or "fedavg"
+        _check(name, "aggregate", combined.vector, round.updates.shape[1:])
+        _check(name, "weights", combined.weights, (round.count,))
+        keep_scores(name, combined.scores)
+        vector = combined.vector
+        weights[alive] = combined.weights.to(dtype)
+        accepted[alive] = round.accepted & (combined.weights > 0) if combiner.aggregates() else round.accepted
+        for stage, prefix in zip(stages, _prefixes(stages), strict=True):
+            vector = stage.finish(vector, round)
+            _check(prefix, "finish", vector, round.updates.shape[1:])
+    return Aggregation(vector, weights, accepted, scores, round.global_vector)
+
+
+def _drop_rejected(alive: Tensor, round: RoundUpdates) -> tuple[Tensor, RoundUpdates]:
+    if bool(round.accepted.all()):
+        return alive, round
+    rows = torch.nonzero(round.accepted).squeeze(1)
+    kept = replace(
+        round,
+        updates=round.updates[rows],
+        num_examples=round.num_examples[rows],
+        weights=round.weights[rows],
+        accepted=round.accepted[rows],
+        clients=tuple(round.clients[int(row)] for row in rows),
+    )
+    return alive[rows], kept
+
+
+def _prefixes(stages: Sequence[Defense]) -> list[str]:
+    names = [stage.name for stage in stages]
+    return [n if names.count(n) == 1 else f"{n}{names[: i + 1].count(n)}" for i, n in enumerate(names)]
+
+
+def _check(stage: str, what: str, value: Tensor, shape: Sequence[int], *, finite: bool = True) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise RunError(f"defense {stage!r}: {what} has shape {tuple(value.shape)}, not {tuple(shape)}")
+    if finite and not bool(torch.isfinite(value).all()):
+        raise RunError(f"defense {stage!r}: {what} is not finite")

@@ -1,0 +1,1 @@
+"""The federation: Flower apps, the strategy, the schedule, and the grids they run on."""

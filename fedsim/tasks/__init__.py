@@ -1,0 +1,1 @@
+"""Task families: data, partition, model and metric."""

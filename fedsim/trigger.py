@@ -1,0 +1,101 @@
+"""The trigger interface: what the backdoor is.
+
+A trigger knows how to poison a training batch and which held-out examples, once triggered, count for the
+attack success rate (ASR).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedsim.batch import Batch, Examples
+from fedsim.plugins import Parameters, Plugin, parameter
+
+
+@dataclass(frozen=True)
+class TriggerParameters(Parameters):
+    """What every trigger has."""
+
+    target: int = parameter(0, "class the backdoor maps to", ge=0)
+
+
+class Trigger(Plugin):
+    """What the backdoor is. Subclasses are either patterns (:class:`StampTrigger`) or sets of examples.
+
+    ``prepare`` is called once per process with the task's data before anything else.
+    """
+
+    kind: ClassVar[str] = "trigger"
+    Parameters: ClassVar[type[Parameters]] = TriggerParameters
+    parts: ClassVar[int] = 1
+    """Number of parts a distributed trigger is split into; one attacker stamps one part."""
+
+    @property
+    def target(self) -> int:
+        return int(self.parameters.target)
+
+    def prepare(self, train: Examples, test: Examples, classes: int) -> None:
+        """Check the trigger against the data; load what it needs.
+
+        Raises
+        ------
+        InputError: the trigger does not fit the data (a patch outside the image, a target that is no class).
+        """
+
+    @abstractmethod
+    def poison(self, batch: Batch, count: int, *, part: int | None = None, generator: torch.Generator) -> Batch:
+        """A copy of ``batch`` whose first ``count`` examples carry the trigger and the target label.
+
+        part: which part of a distributed trigger to use; None is the whole trigger.
+        The given batch is not modified.
+        """
+
+    @abstractmethod
+    def held_out(self, test: Examples) -> Examples:
+        """The raw held-out examples the ASR is measured on: none whose true label is the target.
+
+        ``labels`` are the true labels. Disjoint from everything ``poison`` uses.
+        """
+
+    def stamp(self, inputs: Tensor, part: int | None = None) -> Tensor:
+        """``inputs`` (B, …) with the trigger on each; a set of examples carries it already, so: as they are."""
+        return inputs
+
+    def excluded(self, train: Examples) -> Tensor:
+        """Indices of training examples no client may hold (a semantic trigger's own images); int64 (M,)."""
+        return torch.empty(0, dtype=torch.int64)
+
+
+class StampTrigger(Trigger):
+    """A trigger that is drawn onto any example: subclasses write ``stamp`` only."""
+
+    @abstractmethod
+    def stamp(self, inputs: Tensor, part: int | None = None) -> Tensor:
+        """A stamped copy of ``inputs`` (B, C, H, W), pixels in [0, 1]."""
+
+    def poison(self, batch: Batch, count: int, *, part: int | None = None, generator: torch.Generator) -> Batch:
+        inputs, labels = batch.inputs.clone(), batch.labels.clone()
+        inputs[:count] = self.stamp(batch.inputs[:count], part)
+        labels[:count] = self.target
+        return Batch(inputs, labels)
+
+    def held_out(self, test: Examples) -> Examples:
+        return test.subset(torch.nonzero(test.labels != self.target).squeeze(1))
+
+
+def poison_count(fraction: float, size: int) -> int:
+    """How many of ``size`` examples are poisoned: ``round(fraction * size)`` with banker's rounding.
+
+    As the official code of Anticipate and Backdoors101 has it: half of 5 is 2, half of 7 is 4.
+    """
+    return round(fraction * size)
+
+
+def describe_trigger(trigger: Trigger) -> dict[str, Any]:
+    """Name, target and parts, for the manifest."""
+    return {"name": trigger.name, "target": trigger.target, "parts": trigger.parts}
