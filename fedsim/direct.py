@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedsim import plugins
+from fedsim import plugins, streams
+from fedsim.attack import Attack, AttackContext, CraftStep, LocalSettings
+from fedsim.batch import Batch, Examples
 from fedsim.defense import Aggregation, Defense, RoundUpdates, apply_pipeline
+from fedsim.layout import FlatModel
+from fedsim.training import fit, learning_rate, malicious_update
+from fedsim.trigger import Trigger
 
 
 def aggregate(
@@ -71,3 +78,118 @@ def aggregate(
             seed=seed,
         ),
     )
+
+
+@dataclass(frozen=True)
+class LocalAttack:
+    """What one malicious client's training made.
+
+    update: (D,) what it would send, crafted. vector: (D,) the model it stands for, global plus update.
+    state_dict: the same by name. metrics: what the attack recorded. state: what it keeps for its next round.
+    """
+
+    update: Tensor
+    vector: Tensor
+    state_dict: dict[str, Tensor]
+    metrics: dict[str, float]
+    state: dict[str, Any]
+
+
+def local_attack(
+    attack: str | Attack,
+    model: nn.Module,
+    batches: Sequence[Batch | tuple[Tensor, Tensor]],
+    *,
+    trigger: Trigger | Callable[[Batch, int], Batch] | None = None,
+    poison_fraction: float = 0.5,
+    loss: nn.Module | None = None,
+    lr: float = 0.1,
+    lr_decay: float = 1.0,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    epochs: int = 1,
+    benign_epochs: int = 1,
+    round: int = 1,
+    clients_per_round: int = 10,
+    num_examples: int | None = None,
+    total_examples: int | None = None,
+    benign_batches: Sequence[Batch | tuple[Tensor, Tensor]] = (),
+    last_aggregate: Tensor | None = None,
+    backdoor_accuracy: float = 0.0,
+    craft: Sequence[str | CraftStep] = (),
+    state: dict[str, Any] | None = None,
+    seed: int = 0,
+    **parameters: Any,
+) -> LocalAttack:
+    """Train one malicious client on a fixed list of batches.
+
+    Parameters
+    ----------
+    attack: a registered name, or an instance.
+    model: the global model; it is copied, not changed.
+    batches: clean batches (inputs, labels) of one epoch, in this order every epoch.
+    trigger: a trigger, or a function (batch, count) → batch that poisons the first ``count`` examples.
+    lr, lr_decay, round: the learning rate is ``lr · lr_decay^(round − 1)``; rounds count from 1.
+    epochs: of the attacker; benign_epochs: of everybody else (used by attacks that simulate them).
+    benign_batches: clean data of benign clients, for attacks that know it.
+    last_aggregate: (D,) the server's last aggregated update, for attacks that know it.
+    backdoor_accuracy: of the global model, in [0, 1], for attacks that adapt to it.
+    craft: craft steps, by name or instance. state: what the attack kept from an earlier round.
+    parameters: the attack's own.
+
+    Raises
+    ------
+    PluginError: unknown attack or parameter. RunError: no batches, or an update of the wrong shape.
+    """
+    method: Attack = plugins.create("attack", attack, **parameters) if isinstance(attack, str) else attack
+    flat = FlatModel(copy.deepcopy(model))
+    start = flat.vector.clone()
+    epoch = [Batch(*batch) for batch in batches]
+    others = [Batch(*batch) for batch in benign_batches]
+    benign = LocalSettings(
+        lr=learning_rate(lr, lr_decay, round),
+        epochs=benign_epochs,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        lr_decay=lr_decay,
+    )
+    own = sum(len(batch.labels) for batch in epoch) if num_examples is None else num_examples
+    context = AttackContext(
+        model=flat,
+        global_vector=start,
+        batches=lambda: iter(epoch),
+        loss=nn.CrossEntropyLoss() if loss is None else loss,
+        settings=replace(benign, epochs=epochs),
+        benign=benign,
+        fit=fit,
+        trigger=trigger if isinstance(trigger, Trigger) or trigger is None else _FunctionTrigger(trigger),
+        poison_fraction=poison_fraction,
+        generator=streams.generator(seed, "local_attack", round),
+        round=round,
+        clients_per_round=clients_per_round,
+        num_examples=own,
+        total_examples=own * clients_per_round if total_examples is None else total_examples,
+        state={} if state is None else dict(state),
+        benign_batches=(lambda count: iter(others)) if others else None,
+        last_aggregate=last_aggregate,
+        backdoor_accuracy=lambda: backdoor_accuracy,
+    )
+    steps = [plugins.create("craft", step) if isinstance(step, str) else step for step in craft]
+    update = malicious_update(method, context, steps)
+    vector = start + update
+    named = {name: view.clone() for name, view in flat.layout.unflatten(vector).items()}
+    return LocalAttack(update, vector, {**model.state_dict(), **named}, context.metrics, context.state)
+
+
+class _FunctionTrigger(Trigger):
+    """A trigger given as a function, for :func:`local_attack`; it has no held-out set."""
+
+    def __init__(self, function: Callable[[Batch, int], Batch]) -> None:
+        super().__init__()
+        self.function = function
+
+    def poison(self, batch: Batch, count: int, *, part: int | None = None, generator: torch.Generator) -> Batch:
+        return self.function(batch, count)
+
+    def held_out(self, test: Examples) -> Examples:
+        raise NotImplementedError("a trigger given as a function has no held-out set")
