@@ -111,6 +111,7 @@ class AttackContext:
     generator: the client's random stream for this round.
     benign_batches: clean batches of ``count`` sampled benign clients (needs Knowledge.BENIGN_DATA).
     last_aggregate: (D,) the update the server applied last, or None (needs Knowledge.LAST_AGGREGATE).
+    backdoor_accuracy: success rate in [0, 1] of the backdoor in the global model, as the attacker measures it.
     metrics: numbers to be recorded with the client's reply.
     """
 
@@ -164,10 +165,20 @@ class CoordinationKnowledge:
 
 
 class Attack(Plugin):
-    """What a malicious client does; see the module for the hooks."""
+    """What a malicious client does; see the module for the hooks.
+
+    knows: all the attack may see, whatever its parameters. backdoor: whether it plants a backdoor; false: it
+    only harms the model.
+    """
 
     kind: ClassVar[str] = "attack"
     knows: ClassVar[frozenset[Knowledge]] = frozenset({Knowledge.OWN_DATA})
+    backdoor: ClassVar[bool] = True
+
+    @classmethod
+    def knowledge(cls, parameters: Any) -> frozenset[Knowledge]:
+        """What the attack sees with these parameters: a part of ``knows``, by default all of it."""
+        return cls.knows
 
     def poison(self, batch: Batch, context: AttackContext) -> Batch:
         """The batch the attacker trains on: by default the first ``round(fraction · B)`` examples triggered."""

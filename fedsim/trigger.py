@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsim.batch import Batch, Examples
+from fedsim.errors import InputError
 from fedsim.plugins import Parameters, Plugin, parameter
 
 
@@ -40,12 +41,17 @@ class Trigger(Plugin):
         return int(self.parameters.target)
 
     def prepare(self, train: Examples, test: Examples, classes: int) -> None:
-        """Check the trigger against the data; load what it needs.
+        """Check the trigger against the data; load what it needs. Overrides call this one too.
 
         Raises
         ------
         InputError: the trigger does not fit the data (a patch outside the image, a target that is no class).
         """
+        if self.target >= classes:
+            raise InputError(
+                f"trigger {self.name!r} has target {self.target}, but there are {classes} classes; "
+                f"use a target in 0–{classes - 1}"
+            )
 
     @abstractmethod
     def poison(self, batch: Batch, count: int, *, part: int | None = None, generator: torch.Generator) -> Batch:

@@ -1,0 +1,368 @@
+"""The command line: ``fedsim run``, ``validate``, ``list``, ``describe``, ``report``.
+
+Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+import typing
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from fedsim.errors import ConfigError, FedsimError, InputError
+
+if TYPE_CHECKING:
+    from fedsim.federation.strategy import RoundRecord
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Federated learning under backdoor attack, and how long the backdoor lives.",
+)
+out = Console()
+err = Console(stderr=True)
+
+LISTS = {
+    "attacks": "attack",
+    "defenses": "defense",
+    "triggers": "trigger",
+    "tasks": "task",
+    "models": "model",
+    "datasets": "dataset",
+    "schedules": "schedule",
+    "partitions": "partition",
+    "crafts": "craft",
+}
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override any key, for example [bold]training.lr=0.1[/bold]."),
+]
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped config.")],
+    overrides: Overrides = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The run directory itself (default: under output.dir).")
+    ] = None,
+    twin: Annotated[
+        bool, typer.Option("--twin", help="Also play the clean twin: the malicious clients train honestly.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out DIR to the same bytes.")] = False,
+) -> None:
+    """Play an experiment and print how long the backdoor lived.
+
+    Examples:
+      fedsim run quickstart
+      fedsim run quickstart attack.name=neurotoxin seed=1
+      fedsim run my.yaml training.lr=0.1 'defense=[{name: krum, f: 2}]' --out runs/krum --twin
+    """
+    from fedsim.config import load_config
+    from fedsim.experiment import run as play
+    from fedsim.report.table import persistence_table
+
+    if resume and out_dir is None:
+        raise InputError("--resume needs --out DIR, the directory of the run to continue")
+    loaded = load_config(config, overrides or [])
+    with _display(loaded) as progress:
+        finished = play(loaded, out=out_dir, twin=True if twin else None, resume=resume, progress=progress)
+    out.print(persistence_table(finished.summary))
+    where = finished.report if finished.report.exists() else finished.directory
+    out.print(f"\n{'report' if finished.report.exists() else 'run'}: {where}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def validate(
+    configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="Files, or names of shipped configs.")],
+) -> None:
+    """Check configs without loading data; all problems of each are printed together."""
+    from fedsim.config import load_config
+    from fedsim.federation.schedule import plan, plan_problems
+
+    failed = False
+    for name in configs:
+        try:
+            loaded = load_config(name)
+            problems = plan_problems(loaded, plan(loaded))
+            if problems:
+                raise ConfigError(problems, name)
+        except ConfigError as error:
+            failed = True
+            _complain(error)
+        else:
+            out.print(f"{name}: ok", highlight=False, markup=False)
+    if failed:
+        raise typer.Exit(2)
+
+
+@app.command("list")
+def list_(
+    what: Annotated[str | None, typer.Argument(metavar="WHAT", help=", ".join([*LISTS, "configs"]))] = None,
+) -> None:
+    """List what there is: attacks, defenses, triggers, tasks, models, datasets, schedules, partitions, crafts, configs."""
+    from fedsim import plugins
+    from fedsim.config import shipped
+
+    if what == "configs":
+        for name in shipped():
+            out.print(name, markup=False, highlight=False)
+        return
+    if what is not None and what not in LISTS:
+        raise InputError(f"nothing is listed as {what!r}; use one of: {', '.join([*LISTS, 'configs'])}")
+    for plural in [what] if what else LISTS:
+        kind = LISTS[plural]
+        table = Table(box=None, padding=(0, 2, 0, 0), title=None if what else plural, title_justify="left")
+        table.add_column("name", style="bold", no_wrap=True)
+        table.add_column("what it is")
+        for name in plugins.names(kind):
+            table.add_row(name, escape(plugins.get(kind, name).summary()))
+        out.print(table)
+
+
+@app.command()
+def describe(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="attack, defense, trigger …, or config")],
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The method's name.")] = None,
+) -> None:
+    """Everything about one method: parameters, defaults, ranges, paper, what it knows.
+
+    Examples:
+      fedsim describe attack anticipate
+      fedsim describe config          every key of a config, with its default
+    """
+    from fedsim import config, plugins
+
+    if kind == "config":
+        _describe_section(config.Config, "")
+        return
+    kind = LISTS.get(kind, kind)
+    if kind not in plugins.KINDS:
+        raise InputError(f"there is no kind {kind!r}; use one of: {', '.join([*plugins.KINDS, 'config'])}")
+    if name is None:
+        raise InputError(f"name one: {', '.join(plugins.names(kind))}")
+    cls: Any = plugins.get(kind, name)
+    out.print(Text(f"{kind} {name}", style="bold"))
+    out.print(Text(_dedent(cls.__doc__ or "")), soft_wrap=True)
+    if cls.paper:
+        out.print(Text(f"\npaper: {cls.paper}"), soft_wrap=True)
+    if kind == "attack":
+        out.print(Text(f"knows: {', '.join(sorted(str(k) for k in cls.knows))}"), soft_wrap=True)
+    if kind == "defense":
+        out.print(Text(f"needs at least {cls.min_clients} clients; own aggregation rule: {_yes(cls.aggregates())}"))
+    out.print()
+    _parameters_table(cls.Parameters)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories.")],
+) -> None:
+    """Write report.html and the figures of runs anew."""
+    from fedsim.report import write_report
+
+    for directory in directories:
+        out.print(str(write_report(directory)), markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of ``fedsim`` and ``python -m fedsim``."""
+    sys.exit(_guarded(app))
+
+
+def _guarded(call: Callable[..., Any]) -> int:
+    """Run the command line and turn what happens into an exit status and one clear message."""
+    try:
+        status = call(standalone_mode=False)
+    except FedsimError as error:
+        _complain(error)
+        return error.exit_status
+    except KeyboardInterrupt:
+        err.print("interrupted; continue with the same command and --out DIR --resume")
+        return 130
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.exceptions.Abort):
+            err.print("interrupted; continue with the same command and --out DIR --resume")
+            return 130
+        if isinstance(error, click.ClickException):
+            error.show()
+            return error.exit_code
+        if isinstance(error, MemoryError):
+            err.print("error: out of memory; use fewer engine.workers or a smaller batch")
+            return 1
+        raise
+    return status if isinstance(status, int) else 0
+
+
+def _complain(error: FedsimError) -> None:
+    err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+
+
+def _dedent(text: str) -> str:
+    import inspect
+
+    return inspect.cleandoc(text)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _show(value: Any) -> str:
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, list)
+        else str(value)
+    )
+
+
+def _field_row(f: dataclasses.Field[Any], hint: Any) -> tuple[str, str, str, str]:
+    from fedsim.config import type_name
+    from fedsim.plugins import allowed
+
+    if f.default is not dataclasses.MISSING:
+        default = _show(f.default)
+    elif f.default_factory is not dataclasses.MISSING:
+        default = _show(f.default_factory())
+    else:
+        default = "required"
+    return default, type_name(hint), allowed(f), f.metadata.get("doc", "")
+
+
+def _parameters_table(cls: type) -> None:
+    if not dataclasses.fields(cls):
+        out.print("no parameters of its own")
+        return
+    hints = typing.get_type_hints(cls)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("parameter", "default", "type", "allowed", "meaning"):
+        table.add_column(column, no_wrap=column == "parameter", style="bold" if column == "parameter" else None)
+    for f in dataclasses.fields(cls):
+        table.add_row(f.name, *(escape(cell) for cell in _field_row(f, hints[f.name])))
+    out.print(table)
+
+
+def _describe_section(cls: type, path: str) -> None:
+    from fedsim.config import section_class
+
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        if f.metadata.get("internal"):
+            continue
+        key = f"{path}.{f.name}" if path else f.name
+        section = section_class(cls, f.name)
+        if section is not None:
+            out.print(Text(f"\n{key}:  {(section.__doc__ or '').strip()}", style="bold"))
+            _describe_section(section, key)
+        elif "plugin" in f.metadata or "plugins" in f.metadata:
+            kind = f.metadata.get("plugin") or f.metadata["plugins"]
+            default = f.metadata.get("plugin_default", [])
+            out.print(Text(f"  {key} = {default}   {f.metadata['doc']} (fedsim list {kind}s)"), soft_wrap=True)
+        else:
+            default, type_text, allowed, doc = _field_row(f, hints[f.name])
+            note = f"{type_text}{', ' + allowed if allowed else ''}"
+            out.print(Text(f"  {key} = {default}   {doc} ({note})"), soft_wrap=True)
+
+
+# --------------------------------------------------------------------------------------- progress display
+
+
+def _display(config: Any) -> AbstractContextManager[Any]:
+    """A live display on a terminal; plain lines elsewhere."""
+    return _Live(config) if out.is_terminal else nullcontext(_Lines())
+
+
+class _Lines:
+    """Progress where there is no terminal (a log, CI): a line every so often."""
+
+    def __init__(self) -> None:
+        self._what, self._rounds, self._done, self._started, self._said = "", 0, 0, 0.0, 0.0
+
+    def begin(self, what: str, rounds: int, done: int) -> None:
+        self._what, self._rounds, self._done = what, rounds, done
+        self._started = self._said = time.monotonic()
+        out.print(f"{what}: {rounds - done} rounds to play", highlight=False)
+
+    def say(self, line: str) -> None:
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def client(self) -> None: ...
+
+    def round(self, record: RoundRecord) -> None:
+        now = time.monotonic()
+        if now - self._said < 5 and record.round != self._rounds:
+            return
+        self._said = now
+        played = record.round - self._done
+        left = (now - self._started) / max(played, 1) * (self._rounds - record.round)
+        out.print(f"round {record.round}/{self._rounds}  {_numbers(record)}  {_clock(left)} left", highlight=False)
+
+
+class _Live:
+    """Progress on a terminal: one bar for the rounds, the numbers beside it."""
+
+    def __init__(self, config: Any) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self._clients = config.federation.clients_per_round
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("round {task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=out,
+        )
+        self._task: Any = None
+        self._done = 0.0
+
+    def __enter__(self) -> _Live:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, what: str, rounds: int, done: int) -> None:
+        self._task = self._progress.add_task(what, total=rounds, completed=done, numbers="")
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False)
+
+    def client(self) -> None: ...
+
+    def round(self, record: RoundRecord) -> None:
+        self._progress.update(self._task, completed=record.round, numbers=_numbers(record))
+
+
+def _numbers(record: RoundRecord) -> str:
+    m = record.measurement
+    if m is None:
+        return "(not evaluated)"
+    asr = "" if m.asr is None else f"  ASR {m.asr:6.1%}"
+    return f"main {m.main_accuracy:6.1%}{asr}{'  attack' if record.malicious_submitted else '        '}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

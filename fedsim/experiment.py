@@ -1,0 +1,518 @@
+"""One run, from a config to a run directory."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import pandas as pd
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedsim import plugins
+from fedsim.attack import Attack
+from fedsim.config import Config, load_config
+from fedsim.defense import Defense
+from fedsim.errors import ConfigError, FedsimError, InputError, RunError
+from fedsim.federation.client import ClientRuntime, client_app, initial_module
+from fedsim.federation.evaluation import Evaluator
+from fedsim.federation.grids import InProcessGrid, LocalGrid
+from fedsim.federation.schedule import RoundPlan, plan, plan_problems
+from fedsim.federation.server import play
+from fedsim.federation.strategy import FederatedStrategy, RoundRecord
+from fedsim.layout import FlatModel, Layout
+from fedsim.recording import checkpoint, manifest
+from fedsim.recording.checkpoint import Checkpoint
+from fedsim.recording.files import disk_error, write_atomic, write_json, write_text
+from fedsim.recording.summary import summarise
+from fedsim.recording.tables import JOURNAL, Tables
+from fedsim.report import write_report
+from fedsim.tasks.base import Data, Dataset, Task
+from fedsim.tasks.partition import Partition, describe
+from fedsim.trigger import Trigger
+
+TWIN = "twin"
+"""Sub-directory of the clean twin's tables."""
+
+
+class Progress(Protocol):
+    """Who is told how a run is getting on."""
+
+    def begin(self, what: str, rounds: int, done: int) -> None:
+        """A run of ``rounds`` rounds starts (``what``: "attack" or "clean twin"), ``done`` of them already played."""
+
+    def say(self, line: str) -> None:
+        """Something worth a line."""
+
+    def client(self) -> None:
+        """A client has replied."""
+
+    def round(self, record: RoundRecord) -> None:
+        """A round is on disk."""
+
+
+class Silent:
+    """No display."""
+
+    def begin(self, what: str, rounds: int, done: int) -> None: ...
+    def say(self, line: str) -> None: ...
+    def client(self) -> None: ...
+    def round(self, record: RoundRecord) -> None: ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    rounds, clients, timings: the tables as data frames. summary: the numbers of ``summary.json``.
+    twin: the clean twin's rounds, or None. directory: where everything lies.
+    """
+
+    directory: Path
+    rounds: pd.DataFrame
+    clients: pd.DataFrame
+    timings: pd.DataFrame
+    summary: dict[str, Any]
+    twin: pd.DataFrame | None
+
+    @property
+    def report(self) -> Path:
+        return self.directory / "report.html"
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Run:
+        """A run from its directory.
+
+        Raises
+        ------
+        InputError: there is no finished run.
+        """
+        root = Path(directory)
+        if not (root / "summary.json").is_file():
+            raise InputError(f"{root} holds no finished run (no summary.json); run with --out {root} --resume")
+        twin = root / TWIN / "rounds.parquet"
+        return cls(
+            root,
+            pd.read_parquet(root / "rounds.parquet"),
+            pd.read_parquet(root / "clients.parquet"),
+            pd.read_parquet(root / "timings.parquet"),
+            json.loads((root / "summary.json").read_text(encoding="utf-8")),
+            pd.read_parquet(twin) if twin.is_file() else None,
+        )
+
+
+def run(
+    config: Config | str | Path,
+    *,
+    out: str | Path | None = None,
+    twin: bool | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Play an experiment.
+
+    Parameters
+    ----------
+    config: from :func:`fedsim.load_config`, or what that takes.
+    out: the run directory itself; default: ``<output.dir>/<name>/<date-time>-seed<seed>``.
+    twin: also play the clean twin; default: ``evaluation.twin``.
+    resume: continue what lies in ``out`` (a finished run is returned as it is).
+    progress: who is told.
+
+    Raises
+    ------
+    ConfigError, InputError: something given cannot be used. RunError: the run failed; what is on disk is whole.
+    """
+    config = config if isinstance(config, Config) else load_config(config)
+    rounds = plan(config)
+    problems = plan_problems(config, rounds)
+    if problems:
+        raise ConfigError(problems)
+    directory = Path(out) if out is not None else _new_directory(config)
+    with _locked(directory, resume), _one_thread():
+        return _Experiment(config, rounds, directory, progress or Silent()).play(
+            config.evaluation.twin if twin is None else twin, resume
+        )
+
+
+def _new_directory(config: Config) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    base = Path(config.output.dir) / config.name / f"{stamp}-seed{config.seed}"
+    candidate, i = base, 1
+    while candidate.exists():
+        i += 1
+        candidate = base.with_name(f"{base.name}-{i}")
+    return candidate
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, resume: bool) -> Iterator[None]:
+    """Create the run directory and hold its lock.
+
+    Raises
+    ------
+    InputError: it holds something already, or another run is at work in it.
+    """
+    fresh = not directory.exists()
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory} is a file; give a directory")
+    occupied = directory.exists() and any(p.name != ".lock" for p in directory.iterdir())
+    if occupied and not resume:
+        raise InputError(f"{directory} is not empty; give another --out, or continue the run there with --resume")
+    if occupied and not (directory / "config.yaml").exists():
+        raise InputError(f"{directory} holds files, but no run; give another --out")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle: IO[str] = (directory / ".lock").open("w")
+    except OSError as error:
+        raise disk_error(directory, error) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        raise InputError(f"another run is at work in {directory}; give another --out") from None
+    try:
+        yield
+    except FedsimError:
+        if fresh and not (directory / "config.yaml").exists():  # nothing was begun: leave nothing behind
+            (directory / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise
+    finally:
+        handle.close()
+        (directory / ".lock").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread: the numbers are the same on any number of cores, and workers do not fight."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device meant by ``engine.device``.
+
+    Raises
+    ------
+    InputError: cuda is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("engine.device: cuda is asked for, but torch sees no GPU; use cpu or auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+class _Experiment:
+    """The parts of one run, built in the order that finds mistakes early."""
+
+    def __init__(self, config: Config, rounds: list[RoundPlan], directory: Path, progress: Progress) -> None:
+        self.config, self.plan, self.directory, self.progress = config, rounds, directory, progress
+        self.started = time.time()
+        # What a result depends on: everything but the engine and where it is written.
+        relevant = {k: v for k, v in config.to_dict().items() if k not in ("engine", "output", "name")}
+        self.config_hash = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+        self.device = choose_device(config.engine.device)
+
+    def play(self, with_twin: bool, resume: bool) -> Run:
+        if resume and (self.directory / "config.yaml").exists():
+            self._check_same_config()
+            if (self.directory / "summary.json").exists() and (
+                not with_twin or (self.directory / TWIN / "rounds.parquet").exists()
+            ):
+                self.progress.say("this run is complete")
+                return Run.open(self.directory)
+        self._prepare()
+        write_text(self.directory / "config.yaml", self.config.to_yaml())
+        self._manifest("running")
+        try:
+            grid = self._grid()
+            try:
+                self._rounds(grid, self.directory, honest=False)
+                if with_twin and self.config.attack is not None:
+                    (self.directory / TWIN).mkdir(exist_ok=True)
+                    self._rounds(grid, self.directory / TWIN, honest=True)
+            finally:
+                grid.close()
+                self.evaluator.close()
+        except KeyboardInterrupt:
+            self._manifest("interrupted")
+            raise
+        except FedsimError as error:
+            self._manifest("failed", str(error).splitlines()[0])
+            raise
+        return self._finish()
+
+    # ------------------------------------------------------------------------------------------- parts
+
+    def _check_same_config(self) -> None:
+        """Raises InputError if the directory's run is another one, naming the keys that differ."""
+        there = load_config(self.directory / "config.yaml").to_dict()
+        here = self.config.to_dict()
+        ignored = ("engine", "output", "name", "evaluation.twin")
+        differing = [
+            key
+            for key in sorted(set(_flat(there)) | set(_flat(here)))
+            if not key.startswith(ignored) and _flat(there).get(key) != _flat(here).get(key)
+        ]
+        if differing:
+            raise InputError(
+                f"{self.directory} holds a run of another config; these keys differ: {', '.join(differing)}"
+            )
+
+    def _prepare(self) -> None:
+        """Load the data, split it, build the model: whatever is wrong with them shows here."""
+        config = self.config
+        dataset: Dataset = config.task.data.create()
+        data = _limited(dataset.load(), config)
+        self.task: Task = plugins.create("task", config.task.name)
+        self.trigger: Trigger | None = None
+        self.attack: Attack | None = None
+        rows = torch.arange(len(data.train))
+        if config.attack is not None:
+            self.trigger = config.attack.trigger.create()
+            assert self.trigger is not None
+            self.trigger.prepare(data.train, data.test, data.classes)
+            rows = rows[~torch.isin(rows, self.trigger.excluded(data.train))]
+            if config.attack.name != "none":
+                cls: Any = plugins.get("attack", config.attack.name)
+                self.attack = cls(config.attack.parameters)
+        partition: Partition = config.federation.partition.create()
+        parts = partition.split(data.train.subset(rows), config.federation.clients, config.seed)
+        self.data, self.parts = data, [rows[part] for part in parts]
+        module = initial_module(config, data)
+        self.layout = Layout.of(module)
+        model = FlatModel(module, device=self.device)
+        if config.training.warm_start is not None:
+            model.load(_warm_start(Path(config.training.warm_start), self.layout).to(self.device))
+        self.initial = model.vector.clone()
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.evaluator = Evaluator(self.task, model, data, self.trigger, config.evaluation.batch_size, threads)
+
+    def _grid(self) -> LocalGrid:
+        config, nodes = self.config, self.config.federation.clients
+        if config.engine.name == "serial":
+            runtime = ClientRuntime(config, self.data, self.parts, self.device)
+            return InProcessGrid(client_app(lambda context: runtime), nodes, self.progress.client)
+        from fedsim.federation.ray_grid import RayGrid, Resources, start_ray
+        from fedsim.federation.worker import app_factory
+
+        engine = config.engine
+        workers, gpus = self._workers(), 0.0
+        if self.device.type == "cuda":
+            gpus = torch.cuda.device_count() / workers if engine.gpus_per_worker is None else engine.gpus_per_worker
+        resources = Resources(workers, engine.cpus_per_worker, gpus, engine.address, engine.retries)
+        self.progress.say(f"starting {workers} Ray worker{'s' if workers != 1 else ''}")
+        ours = start_ray(resources)
+        return RayGrid(
+            app_factory(config, self.data, self.parts, self.device.type),
+            nodes,
+            resources,
+            size_of=functools.partial(_size_of, [len(part) for part in self.parts]),
+            on_reply=self.progress.client,
+            stop_ray=ours,
+        )
+
+    def _workers(self) -> int:
+        engine = self.config.engine
+        if isinstance(engine.workers, int):
+            return engine.workers
+        if engine.address is not None:
+            import ray
+
+            cores = ray.cluster_resources().get("CPU", 1.0) if ray.is_initialized() else float(os.cpu_count() or 1)
+        else:
+            cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        return max(1, min(int(cores // engine.cpus_per_worker), self.config.federation.clients_per_round))
+
+    def _rounds(self, grid: LocalGrid, directory: Path, *, honest: bool) -> None:
+        """Play the rounds of the run or of its twin, from the last checkpoint on."""
+        tables = Tables(directory)
+        if (directory / "rounds.parquet").exists() and not (directory / JOURNAL).exists():
+            return  # complete already
+        stages: list[Defense] = [stage.create() for stage in self.config.defense]
+        strategy = FederatedStrategy(
+            self.config,
+            self.plan,
+            self.layout,
+            self.initial.clone(),
+            [len(part) for part in self.parts],
+            stages,
+            attack=self.attack,
+            measure=self.evaluator.measure,
+            on_round=lambda record: self._round_done(strategy, tables, record),
+            honest=honest,
+        )
+        self._restore(strategy, tables)
+        self.progress.begin("clean twin" if honest else "attack", len(self.plan), strategy.start_round)
+        try:
+            play(strategy, grid)
+        except KeyboardInterrupt:
+            tables.write()
+            raise
+        except RunError:
+            with contextlib.suppress(RunError):  # the first error is the one to report
+                tables.write()
+            raise
+        if not honest:
+            named = {n: t.cpu().contiguous() for n, t in self.layout.unflatten(strategy.global_vector).items()}
+            write_atomic(directory / "model.safetensors", lambda path: safetensors.torch.save_file(named, path))
+        tables.finish()
+
+    def _restore(self, strategy: FederatedStrategy, tables: Tables) -> None:
+        found, damaged = checkpoint.load(tables.directory / "checkpoints", self.config_hash)
+        for line in damaged:
+            self.progress.say(line)
+        if found is None:
+            tables.resume(0)
+            return
+        tables.resume(found.round)
+        state = found.state
+        strategy.start_round = found.round
+        strategy.global_vector = state["global_vector"].to(self.device)
+        strategy.last_aggregate = None if state["last_aggregate"] is None else state["last_aggregate"].to(self.device)
+        strategy.attack_state = state["attack"]
+        for stage, kept in zip(strategy.stages, state["defense"], strict=True):
+            stage.state = kept
+        self.progress.say(f"continuing after round {found.round}")
+
+    def _round_done(self, strategy: FederatedStrategy, tables: Tables, record: RoundRecord) -> None:
+        started = time.perf_counter()
+        for client in record.clients:
+            if client.status in ("failed", "rejected"):
+                self.progress.say(f"round {record.round}: client {client.client} {client.status}: {client.reason}")
+        record.seconds["record"] = self._last_record_seconds
+        record.seconds["total"] = sum(record.seconds.get(k, 0.0) for k in ("train", "aggregate", "evaluate", "record"))
+        tables.add(record)
+        if record.round % self.config.output.checkpoint_every == 0 or record.round == len(self.plan):
+            state = {
+                "global_vector": strategy.global_vector,
+                "last_aggregate": strategy.last_aggregate,
+                "attack": strategy.attack_state,
+                "defense": [stage.state for stage in strategy.stages],
+            }
+            checkpoint.save(tables.directory / "checkpoints", Checkpoint(record.round, state), self.config_hash)
+        self._last_record_seconds = time.perf_counter() - started
+        self.progress.round(record)
+
+    _last_record_seconds = 0.0
+    """Seconds the round before took to be written: a round's own time is known only once its row is on disk."""
+
+    def _finish(self) -> Run:
+        root = self.directory
+        twin = root / TWIN / "rounds.parquet"
+        summary = summarise(
+            pd.read_parquet(root / "rounds.parquet"),
+            pd.read_parquet(root / "clients.parquet"),
+            twin=pd.read_parquet(twin) if twin.exists() else None,
+        )
+        write_json(root / "summary.json", summary)
+        self._manifest("finished")
+        if self.config.output.report:
+            write_report(root)
+        if self.config.output.tensorboard:
+            from fedsim.report.tensorboard import write_events
+
+            write_events(root)
+        return Run.open(root)
+
+    def _manifest(self, status: str, reason: str = "") -> None:
+        config = self.config
+        write_json(
+            self.directory / "manifest.json",
+            {
+                "name": config.name,
+                "status": status,
+                "reason": reason,
+                "started": datetime.fromtimestamp(self.started, UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.time() - self.started, 3),
+                "seed": config.seed,
+                "config_sha256": self.config_hash,
+                "versions": manifest.versions(),
+                "hardware": manifest.hardware(),
+                "device": str(self.device),
+                "engine": {
+                    "name": config.engine.name,
+                    "workers": self._workers() if config.engine.name == "ray" else 1,
+                },
+                "methods": manifest.methods(config),
+                "adversary": manifest.adversary(self.plan),
+                "data": {**self.data.source, "fingerprint": self.data.fingerprint, "classes": self.data.classes},
+                "partition": describe(self.parts, self.data.train.labels, self.data.classes),
+                "examples": {
+                    "train": len(self.data.train),
+                    "test": len(self.data.test),
+                    "triggered_test": None if self.evaluator.triggered is None else len(self.evaluator.triggered),
+                },
+                "model": {"entries": self.layout.size, "trainable": self.layout.trainable},
+            },
+        )
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Containers as key paths."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found: dict[str, Any] = {} if items else {path: value}
+    for key, item in items:
+        found.update(_flat(item, f"{path}.{key}" if path else str(key)))
+    return found
+
+
+def _size_of(sizes: list[int], message: Any) -> tuple[str, float]:
+    """Kind and size of a message's work, for the grid's hand-out."""
+    order = message.content.config_records["config"]
+    return ("malicious" if order["malicious"] else "honest"), float(sizes[int(order["client"])])
+
+
+def _limited(data: Data, config: Config) -> Data:
+    """The data, cut to the numbers of examples the config asks for."""
+    from dataclasses import replace
+
+    from fedsim.streams import numpy_generator
+
+    def cut(part: str, count: int | None) -> Any:
+        examples = getattr(data, part)
+        if count is None or count >= len(examples):
+            return examples
+        rows = numpy_generator(config.seed, "limit", part).permutation(len(examples))[:count]
+        return examples.subset(torch.from_numpy(rows).sort().values)
+
+    task = config.task
+    return replace(data, train=cut("train", task.train_examples), test=cut("test", task.test_examples))
+
+
+def _warm_start(path: Path, layout: Layout) -> Tensor:
+    """The vector (D,) of a saved model.
+
+    Raises
+    ------
+    InputError: there is no such file, it is no safetensors file, or it is another model's.
+    """
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"training.warm_start: {path} cannot be read: {error}") from None
+    for entry in layout.entries:
+        if entry.name not in tensors or tuple(tensors[entry.name].shape) != entry.shape:
+            there = tuple(tensors[entry.name].shape) if entry.name in tensors else "nothing"
+            raise InputError(
+                f"training.warm_start: {path.name} does not fit the model: {entry.name} should be {entry.shape}, "
+                f"the file has {there}"
+            )
+    return layout.flatten(tensors)

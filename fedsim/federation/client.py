@@ -1,0 +1,192 @@
+"""The Flower ClientApp: honest clients train, malicious ones run the attack.
+
+A process keeps one :class:`ClientRuntime` — data, model, trigger, attack — and plays client after client with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+
+from fedsim import plugins, streams
+from fedsim.attack import Attack, AttackContext, CraftStep, LocalSettings
+from fedsim.batch import Batch
+from fedsim.config import Config
+from fedsim.federation.messages import pack_state, to_record, to_vector, unpack_state
+from fedsim.layout import FlatModel
+from fedsim.tasks.base import Data, Task
+from fedsim.training import fit, learning_rate, malicious_update
+from fedsim.trigger import Trigger
+
+
+def initial_module(config: Config, data: Data) -> torch.nn.Module:
+    """The task's network with the run's initial weights (a function of the seed)."""
+    task: Task = plugins.create("task", config.task.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(streams.derive(config.seed, "model"))
+        return task.module(config.task.model.create(), data)
+
+
+class ClientRuntime:
+    """Everything the clients of one process share; ``parts`` are the indices of every client's examples."""
+
+    def __init__(self, config: Config, data: Data, parts: list[Tensor], device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.data = data.to(device)
+        self.parts = [part.to(device) for part in parts]
+        self.task: Task = plugins.create("task", config.task.name)
+        self.loss = self.task.loss()
+        self.model = FlatModel(initial_module(config, data), device=device)
+        self.attack: Attack | None = None
+        self.trigger: Trigger | None = None
+        self.craft: list[CraftStep] = []
+        if config.attack is not None and config.attack.name != "none":
+            cls: Any = plugins.get("attack", config.attack.name)
+            self.attack = cls(config.attack.parameters)
+            self.trigger = config.attack.trigger.create()
+            assert self.trigger is not None
+            self.trigger.prepare(data.train, data.test, data.classes)
+            self.craft = [step.create() for step in config.attack.craft]
+
+    def settings(self, round: int) -> LocalSettings:
+        """How an honest client trains in a round."""
+        t = self.config.training
+        return LocalSettings(
+            lr=learning_rate(t.lr, t.lr_decay, round),
+            epochs=t.local_epochs,
+            batch_size=t.batch_size,
+            momentum=t.momentum,
+            weight_decay=t.weight_decay,
+            steps=t.local_steps,
+            lr_decay=t.lr_decay,
+            amp=t.amp,
+            channels_last=t.channels_last,
+        )
+
+    def attacker_settings(self, round: int) -> LocalSettings:
+        """How a malicious client trains: as everybody, but for what the attack section says."""
+        attack, t = self.config.attack, self.config.training
+        assert attack is not None
+        own = self.settings(round)
+        return LocalSettings(
+            lr=learning_rate(t.lr if attack.lr is None else attack.lr, t.lr_decay, round),
+            epochs=own.epochs if attack.local_epochs is None else attack.local_epochs,
+            batch_size=own.batch_size,
+            momentum=own.momentum,
+            weight_decay=own.weight_decay,
+            steps=attack.local_steps
+            if attack.local_steps is not None or attack.local_epochs is not None
+            else own.steps,
+            lr_decay=own.lr_decay,
+            amp=own.amp,
+            channels_last=own.channels_last,
+        )
+
+    def batches(self, client: int, generator: torch.Generator) -> Callable[[], Iterator[Batch]]:
+        t = self.config.training
+        return self.task.epoch(self.data.train, self.parts[client], t.batch_size, generator, t.augment)
+
+    def train(self, message: Message) -> RecordDict:
+        """Play one client for one round; the reply holds its local model (D,) and metrics."""
+        started = time.perf_counter()
+        order = message.content.config_records["config"]
+        round, client = int(order["round"]), int(order["client"])  # type: ignore[arg-type]
+        global_vector = to_vector(message.content.array_records["arrays"]).to(self.device)
+        self.model.load(global_vector)
+        seed = self.config.seed
+        torch.manual_seed(streams.derive(seed, "torch", round, client))  # dropout
+        generator = streams.generator(seed, "client", round, client)
+        batches = self.batches(client, generator)
+        content = RecordDict()
+        metrics: dict[str, Any] = {"num-examples": len(self.parts[client])}
+        if bool(order["malicious"]) and self.attack is not None:
+            context = self._context(order, message.content, global_vector, batches, generator)
+            update = malicious_update(self.attack, context, self.craft)
+            vector = global_vector + update
+            metrics.update({f"attack-{name}": float(value) for name, value in context.metrics.items()})
+            if context.state:
+                content = pack_state(context.state)
+        else:
+            metrics["train-loss"] = fit(self.model, batches, self.loss, self.settings(round))
+            vector = self.model.vector.clone()
+        content["arrays"] = to_record(vector)
+        metrics["seconds"] = time.perf_counter() - started
+        content["metrics"] = MetricRecord(metrics)
+        return content
+
+    def _context(
+        self,
+        order: ConfigRecord,
+        content: RecordDict,
+        global_vector: Tensor,
+        batches: Callable[[], Iterator[Batch]],
+        generator: torch.Generator,
+    ) -> AttackContext:
+        config = self.config
+        assert config.attack is not None
+        round, client = int(order["round"]), int(order["client"])  # type: ignore[arg-type]
+        aggregate = content.array_records.get("last-aggregate")
+        return AttackContext(
+            model=self.model,
+            global_vector=global_vector,
+            batches=batches,
+            loss=self.loss,
+            settings=self.attacker_settings(round),
+            benign=self.settings(round),
+            fit=fit,
+            trigger=self.trigger,
+            poison_fraction=config.attack.poison_fraction,
+            generator=generator,
+            round=round,
+            clients_per_round=int(order["participants"]),  # type: ignore[arg-type]
+            num_examples=len(self.parts[client]),
+            total_examples=int(order["total-examples"]),  # type: ignore[arg-type]
+            attacker=int(order["attacker"]),  # type: ignore[arg-type]
+            state=unpack_state(content),
+            benign_batches=lambda count: self._benign_batches(count, round, client),
+            last_aggregate=None if aggregate is None else to_vector(aggregate).to(self.device),
+            backdoor_accuracy=lambda: self._backdoor_accuracy(client, global_vector, generator),
+        )
+
+    def _benign_batches(self, count: int, round: int, client: int) -> Iterator[Batch]:
+        """One clean epoch of each of ``count`` sampled other clients."""
+        others = [c for c in range(len(self.parts)) if c != client]
+        generator = streams.generator(self.config.seed, "benign data", round, client)
+        drawn = torch.randperm(len(others), generator=generator)[:count]
+        for index in drawn.tolist():
+            yield from self.batches(others[index], generator)()
+
+    def _backdoor_accuracy(self, client: int, global_vector: Tensor, generator: torch.Generator) -> float:
+        """ASR of the global model on the attacker's own examples, triggered."""
+        assert self.trigger is not None
+        own = self.parts[client]
+        own = own[self.data.train.labels[own] != self.trigger.target]
+        if len(own) == 0:
+            return 0.0
+        batch = self.task.batch(self.data.train, own)
+        poisoned = self.trigger.poison(batch, len(own), generator=generator)
+        kept = self.model.vector.clone()
+        self.model.load(global_vector)
+        self.model.module.eval()
+        with torch.no_grad():
+            right = self.model.module(poisoned.inputs).argmax(1) == self.trigger.target
+        self.model.module.train()
+        self.model.load(kept)
+        return float(right.double().mean())
+
+
+def client_app(runtime: Callable[[Context], ClientRuntime]) -> ClientApp:
+    """The ClientApp over whatever finds the process's runtime."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(runtime(context).train(message), reply_to=message)
+
+    return app

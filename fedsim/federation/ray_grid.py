@@ -1,0 +1,291 @@
+"""The Grid over Ray actors: each keeps the task's data and one model resident and plays client after client.
+
+The global arrays go into the object store once a round; several small clients travel in one call; replies come
+back as zero-copy arrays. A worker that dies is replaced and its clients are played again, alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+import torch
+from flwr.app import ArrayRecord, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from ray.exceptions import RayActorError, RayError
+
+from fedsim.errors import RunError
+from fedsim.federation.grids import RUN_ID, LocalGrid, call
+from fedsim.federation.messages import identify
+
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # one thread a worker: more only fight each other
+    "MKL_NUM_THREADS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_CALLS_AHEAD = 2  # calls queued at a worker, so that it never waits for the driver
+_LEAST_CALL_SECONDS = 0.01  # clients shorter than this share a call
+
+
+@dataclass(frozen=True)
+class Resources:
+    """workers: processes. cpus, gpus: what one reserves. address: of a running cluster, None to start one."""
+
+    workers: int
+    cpus: float = 1.0
+    gpus: float = 0.0
+    address: str | None = None
+    retries: int = 2
+
+
+class _Worker:
+    """The actor: one process, one ClientApp."""
+
+    def __init__(self, make_app: Callable[[], ClientApp], nodes: int) -> None:
+        torch.set_num_threads(1)
+        identify(RUN_ID)
+        self.nodes = nodes
+        self.app = make_app()
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def answer(self, calls: list[tuple[Message, dict[str, int]]], *shared: ArrayRecord) -> list[tuple[Message, float]]:
+        """Replies and seconds of the messages; their shared arrays arrive once, beside them."""
+        replies = []
+        for message, places in calls:
+            for name, place in places.items():
+                message.content[name] = shared[place]
+            started = time.perf_counter()
+            reply = call(self.app, message, self.nodes)
+            replies.append((reply, time.perf_counter() - started))
+        return replies
+
+
+@dataclass
+class _Call:
+    """Messages that travel to a worker together; ``alone`` after one of them may have killed a worker."""
+
+    messages: list[Message]
+    tries: int = 0
+    alone: bool = False
+
+
+@dataclass
+class _Slot:
+    """A worker and what is queued at it."""
+
+    actor: Any
+    calls: list[_Call] = field(default_factory=list)
+
+
+def start_ray(resources: Resources) -> bool:
+    """Connect to the cluster, or start one on this machine; True if it is ours to stop.
+
+    Raises
+    ------
+    RunError: it cannot be reached or started.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
+    }
+    try:
+        if resources.address is not None:
+            ray.init(address=resources.address, **common)
+        else:
+            cores = max(1, math.ceil(resources.workers * resources.cpus))
+            ray.init(num_cpus=cores, include_dashboard=False, **common)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise RunError(f"Ray cannot be started: {' '.join(str(error).split())}") from error
+    return True
+
+
+class RayGrid(LocalGrid):
+    """See the module.
+
+    make_app: builds the ClientApp inside each worker. size_of: (kind, size) of a message's work; the time per
+    size is learnt per kind and used to hand out long clients first — it never influences a result. stop_ray:
+    whether ``close`` shuts Ray down (it does where this grid started it).
+
+    Raises
+    ------
+    RunError: Ray cannot start the workers.
+    """
+
+    def __init__(
+        self,
+        make_app: Callable[[], ClientApp],
+        nodes: int,
+        resources: Resources,
+        *,
+        size_of: Callable[[Message], tuple[str, float]] = lambda message: ("client", 1.0),
+        on_reply: Callable[[], None] | None = None,
+        stop_ray: bool = True,
+    ) -> None:
+        super().__init__(nodes)
+        self.resources, self.size_of, self.on_reply = resources, size_of, on_reply
+        self.replaced = 0
+        self._rates: dict[str, float] = {}
+        self._ours = start_ray(resources) or stop_ray
+        self._make_app = ray.put(make_app)
+        try:
+            self._slots = [_Slot(self._spawn()) for _ in range(resources.workers)]
+            ray.get([slot.actor.ready.remote() for slot in self._slots])
+        except RayError as error:
+            self.close()
+            raise RunError(f"the workers cannot start: {error}") from error
+
+    def _spawn(self) -> Any:
+        remote = ray.remote(num_cpus=self.resources.cpus, num_gpus=self.resources.gpus, max_restarts=0)(_Worker)
+        return remote.remote(self._make_app, self.nodes)
+
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        pids: list[int] = ray.get([slot.actor.ready.remote() for slot in self._slots])
+        return pids
+
+    def answer(self, messages: list[Message]) -> list[Message]:
+        if not messages:
+            return []
+        shared, places = self._share(messages)
+        order = {message.metadata.message_id: i for i, message in enumerate(messages)}
+        replies: list[Message | None] = [None] * len(messages)
+        waiting = deque(self._calls(messages))
+        running: dict[Any, tuple[_Slot, _Call]] = {}
+
+        def hand_out() -> None:
+            for slot in sorted(self._slots, key=lambda s: len(s.calls)):
+                while waiting and self._takes(slot, waiting[0]):
+                    work = waiting.popleft()
+                    payload = [(m, places[m.metadata.message_id]) for m in work.messages]
+                    slot.calls.append(work)
+                    running[slot.actor.answer.remote(payload, *shared)] = (slot, work)
+
+        hand_out()
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1)
+            slot, work = running.pop(done[0])
+            slot.calls.remove(work)
+            try:
+                answers = ray.get(done[0])
+            except RayActorError as error:
+                lost = [work]
+                for ref in [ref for ref, (other, _) in running.items() if other is slot]:
+                    lost.append(running.pop(ref)[1])
+                self._replace(slot)
+                for call_ in lost:
+                    self._again(call_, str(error), waiting, replies, order)
+            else:
+                for message, (reply, seconds) in zip(work.messages, answers, strict=True):
+                    replies[order[message.metadata.message_id]] = reply
+                    self._learn(message, seconds)
+                    if self.on_reply is not None:
+                        self.on_reply()
+            hand_out()
+        return [reply for reply in replies if reply is not None]
+
+    def close(self) -> None:
+        if not ray.is_initialized():
+            return
+        for slot in getattr(self, "_slots", []):
+            ray.kill(slot.actor)
+        self._slots = []
+        if self._ours:
+            ray.shutdown()
+
+    # --------------------------------------------------------------------------------------------- inside
+
+    def _share(self, messages: list[Message]) -> tuple[list[Any], dict[str, dict[str, int]]]:
+        """Put array records that several messages carry into the object store, once; take them off the messages."""
+        seen: dict[int, list[tuple[Message, str]]] = {}
+        for message in messages:
+            for name, record in message.content.array_records.items():
+                seen.setdefault(id(record), []).append((message, name))
+        shared: list[Any] = []
+        places: dict[str, dict[str, int]] = {m.metadata.message_id: {} for m in messages}
+        for holders in seen.values():
+            if len(holders) < 2:
+                continue
+            first, name = holders[0]
+            shared.append(ray.put(first.content.array_records[name]))
+            for message, key in holders:
+                places[message.metadata.message_id][key] = len(shared) - 1
+        for message in messages:
+            stripped = places[message.metadata.message_id]
+            message.content = RecordDict({k: v for k, v in message.content.items() if k not in stripped})
+        return shared, places
+
+    def _seconds(self, message: Message) -> float:
+        kind, size = self.size_of(message)
+        known = self._rates.get(kind)
+        if known is None:
+            known = max(self._rates.values(), default=0.0)
+        return known * size
+
+    def _learn(self, message: Message, seconds: float) -> None:
+        kind, size = self.size_of(message)
+        rate = seconds / max(size, 1e-9)
+        self._rates[kind] = 0.8 * self._rates[kind] + 0.2 * rate if kind in self._rates else rate
+
+    def _calls(self, messages: list[Message]) -> list[_Call]:
+        """The messages in calls, the longest first; short clients share a call."""
+        workers = len(self._slots)
+        timed = [(self._seconds(m), m) for m in messages]
+        total = sum(seconds for seconds, _ in timed)
+        if total == 0.0:  # nothing is known yet
+            size = max(1, len(messages) // (workers * 4))
+            return [_Call(messages[i : i + size]) for i in range(0, len(messages), size)]
+        timed.sort(key=lambda item: -item[0])
+        enough = max(total / (workers * 8), _LEAST_CALL_SECONDS)
+        calls: list[_Call] = []
+        current: list[Message] = []
+        spent = 0.0
+        for seconds, message in timed:
+            current.append(message)
+            spent += seconds
+            if spent >= enough:
+                calls.append(_Call(current))
+                current, spent = [], 0.0
+        return [*calls, _Call(current)] if current else calls
+
+    def _takes(self, slot: _Slot, work: _Call) -> bool:
+        """Whether the worker may be given this call now: a call that is played alone gets an idle worker."""
+        if any(call_.alone for call_ in slot.calls):
+            return False
+        return not slot.calls if work.alone else len(slot.calls) < _CALLS_AHEAD
+
+    def _replace(self, slot: _Slot) -> None:
+        self.replaced += 1
+        slot.actor, slot.calls = self._spawn(), []
+
+    def _again(
+        self,
+        work: _Call,
+        why: str,
+        waiting: deque[_Call],
+        replies: list[Message | None],
+        order: dict[str, int],
+    ) -> None:
+        """Play the clients of a lost call again, each alone, or give them up."""
+        for message in work.messages:
+            if work.tries < self.resources.retries:
+                waiting.append(_Call([message], work.tries + 1, alone=True))
+                continue
+            reason = f"its worker died {work.tries + 1} times ({' '.join(why.split())[:200]})"
+            error = Error(ErrorCode.CLIENT_APP_CRASHED, reason)
+            replies[order[message.metadata.message_id]] = Message(error, reply_to=message)
