@@ -252,10 +252,13 @@ def _parameters_table(cls: type) -> None:
         return
     hints = typing.get_type_hints(cls)
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for column in ("parameter", "default", "type", "allowed", "meaning"):
-        table.add_column(column, no_wrap=column == "parameter", style="bold" if column == "parameter" else None)
+    table.add_column("parameter", style="bold", no_wrap=True)
+    table.add_column("default", no_wrap=True)
+    table.add_column("meaning (what is allowed)")
     for f in dataclasses.fields(cls):
-        table.add_row(f.name, *(escape(cell) for cell in _field_row(f, hints[f.name])))
+        default, type_text, allowed, doc = _field_row(f, hints[f.name])
+        note = allowed if allowed.startswith("one of") else ", ".join(part for part in (type_text, allowed) if part)
+        table.add_row(f.name, default, escape(f"{doc} ({note})"))
     out.print(table)
 
 

@@ -211,7 +211,7 @@ def find(path_or_name: str | Path, *, beside: Path | None = None) -> Path:
         return named
     near = difflib.get_close_matches(text.removesuffix(".yaml"), shipped(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    message = f"no such file, and no shipped config of that name{hint} Shipped: {', '.join(shipped())}"
+    message = f"no such file, and no shipped config of that name{hint} (shipped: {', '.join(shipped())})"
     raise ConfigError([Problem(text, message)])
 
 
@@ -381,8 +381,7 @@ def build(raw: Mapping[str, Any], source: str = "") -> Config:
     except PluginError as error:
         raise ConfigError([Problem("plugins", str(error))], source) from None
     config = _section(Config, raw, "", problems)
-    if not problems:
-        problems = _impossible(config)
+    problems += _impossible(config, {problem.path for problem in problems})
     if problems:
         raise ConfigError(problems, source)
     return typing.cast(Config, config)
@@ -499,7 +498,7 @@ def _leaves(cls: type, raw: Mapping[str, Any], path: str, problems: list[Problem
         shape = dataclasses.make_dataclass("Leaf", [("value", hint, field(default=dataclasses.MISSING))])
         try:
             node = OmegaConf.structured(shape(value=_default_for(by_name[name])))
-            node.value = value
+            OmegaConf.update(node, "value", value)
             converted = OmegaConf.to_container(node)["value"]  # type: ignore[index,call-overload]
         except OmegaConfBaseException:
             problems.append(Problem(here, f"expected {type_name(hint)}, got {value!r}"))
@@ -529,8 +528,16 @@ def type_name(hint: Any) -> str:
     return names.get(hint, str(hint))
 
 
-def _impossible(config: Config) -> list[Problem]:
-    """What is well formed but cannot be: checks across sections, and each plugin's own."""
+_SIZES = {"federation", "federation.clients", "federation.clients_per_round", "federation.rounds"}
+
+
+def _impossible(config: Config, broken: set[str]) -> list[Problem]:
+    """What is well formed but cannot be: checks across sections, and each plugin's own.
+
+    ``broken`` holds the paths that are wrong already: nothing is concluded from them.
+    """
+    if broken & _SIZES:
+        return []
     problems: list[Problem] = []
     federation, engine = config.federation, config.engine
     if federation.clients_per_round > federation.clients:
@@ -541,7 +548,7 @@ def _impossible(config: Config) -> list[Problem]:
                 f"use at most federation.clients",
             )
         )
-    if config.task.name not in plugins.names("task"):
+    if "task.name" not in broken and config.task.name not in plugins.names("task"):
         problems.append(Problem("task.name", plugins.unknown("task", config.task.name)))
     if isinstance(engine.workers, str) and engine.workers != "auto":
         problems.append(Problem("engine.workers", f"use a whole number >= 1 or auto, not {engine.workers!r}"))
@@ -549,6 +556,8 @@ def _impossible(config: Config) -> list[Problem]:
         problems.append(Problem("engine.workers", f"use a whole number >= 1 or auto, not {engine.workers}"))
     combiners = 0
     for i, stage in enumerate(config.defense):
+        if _touches(broken, f"defense.{i}"):
+            continue
         cls: Any = plugins.get("defense", stage.name)
         combiners += cls.aggregates()
         if cls.aggregates() and combiners > 1:
@@ -563,9 +572,16 @@ def _impossible(config: Config) -> list[Problem]:
                 )
             )
     for path, kind, name, parameters in _all_plugins(config):
+        if _touches(broken, path):
+            continue
         found = plugins.get(kind, name).problems(parameters, config)
         problems += [Problem(_join(path, p.path) if p.path else path, p.message) for p in found]
     return problems
+
+
+def _touches(broken: set[str], path: str) -> bool:
+    """Whether something in the section ``path`` is wrong (or all of a section above it)."""
+    return any(b == path or b.startswith(f"{path}.") or path.startswith(f"{b}.") for b in broken)
 
 
 def _all_plugins(config: Config) -> Iterable[tuple[str, str, str, Parameters]]:
