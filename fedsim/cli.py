@@ -115,7 +115,7 @@ def validate(
 def list_(
     what: Annotated[str | None, typer.Argument(metavar="WHAT", help=", ".join([*LISTS, "configs"]))] = None,
 ) -> None:
-    """List what there is: attacks, defenses, triggers, tasks, models, datasets, schedules, partitions, crafts, configs."""
+    """List what there is: attacks, defenses, triggers, tasks, models, datasets, schedules, partitions, configs …"""
     from fedsim import plugins
     from fedsim.config import shipped
 
@@ -137,7 +137,7 @@ def list_(
 
 @app.command()
 def describe(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="attack, defense, trigger …, or config")],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="attack, defense, trigger …, or config, or base")],
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The method's name.")] = None,
 ) -> None:
     """Everything about one method: parameters, defaults, ranges, paper, what it knows.
@@ -145,15 +145,19 @@ def describe(
     Examples:
       fedsim describe attack anticipate
       fedsim describe config          every key of a config, with its default
+      fedsim describe base            the same as a config file
     """
     from fedsim import config, plugins
 
     if kind == "config":
         _describe_section(config.Config, "")
         return
+    if kind == "base":
+        out.print(config.render_base(), end="", markup=False, highlight=False, soft_wrap=True)
+        return
     kind = LISTS.get(kind, kind)
     if kind not in plugins.KINDS:
-        raise InputError(f"there is no kind {kind!r}; use one of: {', '.join([*plugins.KINDS, 'config'])}")
+        raise InputError(f"there is no kind {kind!r}; use one of: {', '.join([*plugins.KINDS, 'config', 'base'])}")
     if name is None:
         raise InputError(f"name one: {', '.join(plugins.names(kind))}")
     cls: Any = plugins.get(kind, name)
@@ -226,11 +230,8 @@ def _yes(value: bool) -> str:
 
 
 def _show(value: Any) -> str:
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, list)
-        else str(value)
-    )
+    """A default as it is written in a config."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _field_row(f: dataclasses.Field[Any], hint: Any) -> tuple[str, str, str, str]:

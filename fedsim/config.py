@@ -1,13 +1,15 @@
 """The configuration: schema, merge and validation.
 
-A config file is YAML. It may name parents (``defaults: base``, or a list); the command line overrides with
-``key=value``. Everything wrong is reported together, before anything is loaded. A section that chooses a plugin
-(``attack``, ``attack.trigger``, ``task.data`` …) holds its ``name`` with the plugin's own parameters beside it; a
-plain string is short for ``{name: …}``. Choosing another name drops the parameters of the one chosen before.
+A config file is YAML. It may name parents (``defaults: base``, or a list), from which it takes everything but their
+``name``; the command line overrides with ``key=value``. Everything wrong is reported together, before anything is
+loaded. A section that chooses a plugin (``attack``, ``attack.trigger``, ``task.data`` …) holds its ``name`` with the
+plugin's own parameters beside it; a plain string is short for ``{name: …}``. Choosing another name drops the
+parameters of the one chosen before.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import difflib
@@ -164,7 +166,20 @@ class Config:
         return result
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """A file that loads back to the same config."""
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text so that OmegaConf reads it as text: ``1e-3`` is a number to it, ``${`` opens an interpolation."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    quote = "'" if text[:1] in tuple("0123456789+-.") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text.replace("${", "\\${"), style=quote)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _plain(value: Any) -> Any:
@@ -203,12 +218,11 @@ def find(path_or_name: str | Path, *, beside: Path | None = None) -> Path:
     ConfigError: there is no such file and no shipped config of that name.
     """
     text = str(path_or_name)
-    for candidate in ([beside / text, beside / f"{text}.yaml"] if beside else []) + [Path(text)]:
-        if candidate.is_file():
-            return candidate
     named = config_directory() / (text if text.endswith((".yaml", ".yml")) else f"{text}.yaml")
-    if named.is_file():
-        return named
+    for candidate in [*([beside / text, beside / f"{text}.yaml"] if beside else []), Path(text), named]:
+        with contextlib.suppress(OSError, ValueError):  # a name no file system takes, a directory nobody may enter
+            if candidate.is_file():
+                return candidate
     near = difflib.get_close_matches(text.removesuffix(".yaml"), shipped(), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     message = f"no such file, and no shipped config of that name{hint} (shipped: {', '.join(shipped())})"
@@ -243,9 +257,10 @@ def _read_with_parents(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any
         raise ConfigError([Problem("defaults", "name one parent config, or a list of them")], str(path))
     merged: dict[str, Any] = {}
     for parent in parents:
-        merged = merge(merged, _read_with_parents(find(parent, beside=path.parent), (*seen, path)))
-    merged = merge(merged, own)
-    return merged
+        inherited = _read_with_parents(find(parent, beside=path.parent), (*seen, path))
+        inherited.pop("name", None)  # a name is a file's own
+        merged = merge(merged, inherited)
+    return merge(merged, own)  # type: ignore[no-any-return]
 
 
 def merge(base: Any, overlay: Any, cls: type | None = Config) -> Any:
@@ -309,28 +324,27 @@ def _parse_overrides(overrides: Iterable[str] | Mapping[str, Any]) -> dict[str, 
     return result
 
 
-def _apply_override(raw: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """Lay one ``key.path`` over ``raw``; numbers in the path index lists (``defense.0.bound``)."""
-    keys = path.split(".")
-    if any(key.isdigit() for key in keys):
-        where: Any = raw
-        for key in keys[:-1]:
-            try:
-                where = where[int(key)] if isinstance(where, list) else where[key]
-            except (KeyError, IndexError, ValueError, TypeError):
-                raise ConfigError([Problem(path, f"there is no {key!r} here to override")]) from None
-        last = keys[-1]
-        if isinstance(where, list) and last.isdigit() and int(last) < len(where):
-            where[int(last)] = value
-        elif isinstance(where, dict):
-            where[last] = value
-        else:
-            raise ConfigError([Problem(path, f"there is no {last!r} here to override")])
-        return raw
-    overlay: Any = value
-    for key in reversed(keys):
-        overlay = {key: overlay}
-    return typing.cast(dict[str, Any], merge(raw, overlay))
+def _override(base: Any, keys: Sequence[str], value: Any, cls: type | None, path: str) -> Any:
+    """Lay ``value`` over what lies under ``keys`` in ``base``; a number indexes a list (``defense.0.bound``)."""
+    if not any(key.isdigit() for key in keys):
+        for key in reversed(keys):
+            value = {key: value}
+        return merge(base, value, cls)
+    key, rest = keys[0], keys[1:]
+    if not key.isdigit():
+        inner = base.get(key) if isinstance(base, dict) else None
+        laid = _override(inner, rest, value, section_class(cls, key), path)
+        return {**base, key: laid}
+    items = list(base) if isinstance(base, list) else [base] if isinstance(base, (str, dict)) else []
+    if int(key) >= len(items):
+        raise ConfigError([Problem(path, f"there is no entry {key} to override; the list has {len(items)}")])
+    items[int(key)] = _override(items[int(key)], rest, value, None, path)
+    return items
+
+
+def _depth(path: str) -> int:
+    """How deep an override reaches; a section's name counts as the section itself."""
+    return path.removesuffix(".name").count(".")
 
 
 def load_config(
@@ -353,9 +367,9 @@ def load_config(
         path = find(path_or_name)
         source, raw, stem = str(path_or_name), _read_with_parents(path), path.stem
     parsed = _parse_overrides(overrides)
-    # A plugin's name first, so that parameters given beside it on the command line are kept in any order.
-    for key, value in sorted(parsed.items(), key=lambda item: not item[0].endswith("name")):
-        raw = _apply_override(raw, key, value)
+    # A section before its keys, so that parameters given beside a plugin's name are kept in any order.
+    for key, value in sorted(parsed.items(), key=lambda item: _depth(item[0])):
+        raw = _override(raw, key.split("."), value, Config, key)
     raw.setdefault("name", stem)
     try:
         resolved = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
@@ -377,9 +391,9 @@ def build(raw: Mapping[str, Any], source: str = "") -> Config:
     problems: list[Problem] = []
     files = raw.get("plugins") or []
     try:
-        plugins.load(files if isinstance(files, list) else [])
+        plugins.load([str(file) for file in files if file is not None] if isinstance(files, list) else [])
     except PluginError as error:
-        raise ConfigError([Problem("plugins", str(error))], source) from None
+        raise ConfigError([Problem("plugins", str(error).removeprefix("plugins: "))], source) from None
     config = _section(Config, raw, "", problems)
     problems += _impossible(config, {problem.path for problem in problems})
     if problems:
@@ -397,7 +411,7 @@ def _section(cls: type, raw: Any, path: str, problems: list[Problem]) -> Any:
         raw = {}
     if not isinstance(raw, Mapping):
         problems.append(Problem(path, f"expected a mapping of keys to values, got {raw!r}"))
-        return cls()
+        raw = {}
     known = {f.name: f for f in fields(cls) if not f.metadata.get("internal")}
     values: dict[str, Any] = {}
     leaves: dict[str, Any] = {}
@@ -426,7 +440,7 @@ def _attack(raw: Any, path: str, problems: list[Problem]) -> AttackConfig:
         raw = {"name": raw}
     if not isinstance(raw, Mapping):
         problems.append(Problem(path, f"expected a mapping with a name, got {raw!r}"))
-        return AttackConfig()
+        raw = {}
     generic = {f.name for f in fields(AttackConfig)} - {"parameters"}
     own = {key: value for key, value in raw.items() if key not in generic}
     config = typing.cast(
@@ -500,8 +514,13 @@ def _leaves(cls: type, raw: Mapping[str, Any], path: str, problems: list[Problem
             node = OmegaConf.structured(shape(value=_default_for(by_name[name])))
             OmegaConf.update(node, "value", value)
             converted = OmegaConf.to_container(node)["value"]  # type: ignore[index,call-overload]
+            if isinstance(converted, bool) and not isinstance(value, (bool, str)):
+                raise OmegaConfBaseException  # to OmegaConf 7 is true
         except OmegaConfBaseException:
             problems.append(Problem(here, f"expected {type_name(hint)}, got {value!r}"))
+            continue
+        if _missing(converted):
+            problems.append(Problem(here, f"expected {type_name(hint)}, got ??? (a value still to be filled in)"))
             continue
         problem = plugins.range_problem(by_name[name], converted)
         if problem:
@@ -509,6 +528,13 @@ def _leaves(cls: type, raw: Mapping[str, Any], path: str, problems: list[Problem
         else:
             result[name] = converted
     return result
+
+
+def _missing(value: Any) -> bool:
+    """Whether OmegaConf's mark for a value still to come is anywhere in it."""
+    if isinstance(value, (list, dict)):
+        return any(_missing(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and value == "???"
 
 
 def _default_for(f: Field[Any]) -> Any:
@@ -528,6 +554,8 @@ def type_name(hint: Any) -> str:
     return names.get(hint, str(hint))
 
 
+_SIZED_KINDS = ("attack", "defense", "partition", "schedule")
+"""Plugins that may measure themselves against the number of clients or rounds."""
 _SIZES = {"federation", "federation.clients", "federation.clients_per_round", "federation.rounds"}
 
 
@@ -536,11 +564,10 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
 
     ``broken`` holds the paths that are wrong already: nothing is concluded from them.
     """
-    if broken & _SIZES:
-        return []
     problems: list[Problem] = []
     federation, engine = config.federation, config.engine
-    if federation.clients_per_round > federation.clients:
+    sized = not broken & _SIZES
+    if sized and federation.clients_per_round > federation.clients:
         problems.append(
             Problem(
                 "federation.clients_per_round",
@@ -563,7 +590,7 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         if cls.aggregates() and combiners > 1:
             problems.append(Problem(f"defense.{i}", "only one stage of a pipeline may bring an aggregation rule"))
         need = cls.required_clients(stage.parameters)
-        if need > federation.clients_per_round:
+        if sized and need > federation.clients_per_round:
             problems.append(
                 Problem(
                     f"defense.{i}.name",
@@ -572,9 +599,12 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
                 )
             )
     for path, kind, name, parameters in _all_plugins(config):
-        if _touches(broken, path):
+        if _touches(broken, path) or (not sized and kind in _SIZED_KINDS):
             continue
-        found = plugins.get(kind, name).problems(parameters, config)
+        try:
+            found = plugins.get(kind, name).problems(parameters, config)
+        except (OSError, ValueError, RuntimeError) as error:  # a path that no file system takes
+            found = [Problem("", f"cannot be checked: {error}")]
         problems += [Problem(_join(path, p.path) if p.path else path, p.message) for p in found]
     return problems
 
@@ -603,3 +633,39 @@ def _all_plugins(config: Config) -> Iterable[tuple[str, str, str, Parameters]]:
             yield f"attack.craft.{i}", one.kind, one.name, one.parameters
     for i, one in enumerate(config.defense):
         yield f"defense.{i}", one.kind, one.name, one.parameters
+
+
+# ------------------------------------------------------------------------------------------- every default
+
+_BASE_HEAD = """\
+# Every key of a config with its default; what a config leaves out is as here.
+# Generated from the schema, so do not edit: fedsim describe base > configs/base.yaml
+# Other methods and their parameters: fedsim list, fedsim describe KIND NAME
+"""
+
+
+def render_base() -> str:
+    """The text of ``configs/base.yaml``: every default, each with the line that documents it."""
+    return _BASE_HEAD + "\n".join(_rendered(Config(), "")) + "\n"
+
+
+def _rendered(section: Any, indent: str) -> list[str]:
+    """The lines of one section: a config dataclass or a plugin's parameters."""
+    lines = []
+    for f in fields(section):
+        if f.metadata.get("internal"):
+            continue
+        value, comment = getattr(section, f.name), f.metadata.get("doc", "")
+        if "plugin" in f.metadata:
+            chosen = _choice(f.metadata["plugin"], f.metadata["plugin_default"], f.name, [])
+            lines += [f"{indent}{f.name}:  # {comment}", f"{indent}  name: {chosen.name}"]
+            lines += _rendered(chosen.parameters, f"{indent}  ")
+        elif dataclasses.is_dataclass(value):
+            head = " ".join((value.__doc__ or "").split())
+            lines += [f"\n{indent}{f.name}:  # {head}", *_rendered(value, f"{indent}  ")]
+        else:
+            text = yaml.dump({f.name: value}, Dumper=_Dumper, allow_unicode=True, width=1000).strip()
+            allowed = plugins.allowed(f)
+            gap = "\n" if "plugins" in f.metadata and not indent else ""
+            lines.append(f"{gap}{indent}{text}  # {comment}{f'; {allowed}' if allowed else ''}")
+    return lines

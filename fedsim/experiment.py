@@ -31,6 +31,7 @@ from fedsim.federation.evaluation import Evaluator
 from fedsim.federation.grids import InProcessGrid, LocalGrid
 from fedsim.federation.schedule import RoundPlan, plan, plan_problems
 from fedsim.federation.server import play
+from fedsim.federation.setup import prepare
 from fedsim.federation.strategy import FederatedStrategy, RoundRecord
 from fedsim.layout import FlatModel, Layout
 from fedsim.recording import checkpoint, manifest
@@ -39,12 +40,14 @@ from fedsim.recording.files import disk_error, write_atomic, write_json, write_t
 from fedsim.recording.summary import summarise
 from fedsim.recording.tables import JOURNAL, Tables
 from fedsim.report import write_report
-from fedsim.tasks.base import Data, Dataset, Task
-from fedsim.tasks.partition import Partition, describe
-from fedsim.trigger import Trigger
+from fedsim.tasks.base import Task
+from fedsim.tasks.partition import describe
 
 TWIN = "twin"
 """Sub-directory of the clean twin's tables."""
+
+_STALE = ".*.tmp"
+"""What a killed run was about to put in place."""
 
 
 class Progress(Protocol):
@@ -168,7 +171,7 @@ def _locked(directory: Path, resume: bool) -> Iterator[None]:
     fresh = not directory.exists()
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory} is a file; give a directory")
-    occupied = directory.exists() and any(p.name != ".lock" for p in directory.iterdir())
+    occupied = directory.exists() and any(p.name != ".lock" and not p.match(_STALE) for p in directory.iterdir())
     if occupied and not resume:
         raise InputError(f"{directory} is not empty; give another --out, or continue the run there with --resume")
     if occupied and not (directory / "config.yaml").exists():
@@ -180,9 +183,13 @@ def _locked(directory: Path, resume: bool) -> Iterator[None]:
         raise disk_error(directory, error) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(handle.fileno()).st_nlink == 0:  # its holder has removed it meanwhile
+            raise BlockingIOError
     except OSError:
         handle.close()
         raise InputError(f"another run is at work in {directory}; give another --out") from None
+    for stale in directory.rglob(_STALE):
+        stale.unlink(missing_ok=True)
     try:
         yield
     except FedsimError:
@@ -192,8 +199,8 @@ def _locked(directory: Path, resume: bool) -> Iterator[None]:
                 directory.rmdir()
         raise
     finally:
+        (directory / ".lock").unlink(missing_ok=True)  # while it is held: nobody else's is taken away
         handle.close()
-        (directory / ".lock").unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -227,15 +234,14 @@ class _Experiment:
         self.started = time.time()
         # What a result depends on: everything but the engine and where it is written.
         relevant = {k: v for k, v in config.to_dict().items() if k not in ("engine", "output", "name")}
+        relevant["evaluation"].pop("twin")
         self.config_hash = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
         self.device = choose_device(config.engine.device)
 
     def play(self, with_twin: bool, resume: bool) -> Run:
         if resume and (self.directory / "config.yaml").exists():
             self._check_same_config()
-            if (self.directory / "summary.json").exists() and (
-                not with_twin or (self.directory / TWIN / "rounds.parquet").exists()
-            ):
+            if (self.directory / "summary.json").exists() and (not with_twin or _is_played(self.directory / TWIN)):
                 self.progress.say("this run is complete")
                 return Run.open(self.directory)
         self._prepare()
@@ -279,23 +285,13 @@ class _Experiment:
     def _prepare(self) -> None:
         """Load the data, split it, build the model: whatever is wrong with them shows here."""
         config = self.config
-        dataset: Dataset = config.task.data.create()
-        data = _limited(dataset.load(), config)
-        self.task: Task = plugins.create("task", config.task.name)
-        self.trigger: Trigger | None = None
+        setup = prepare(config)
+        data, self.data, self.parts = setup.data, setup.data, setup.parts
+        task: Task = plugins.create("task", config.task.name)
         self.attack: Attack | None = None
-        rows = torch.arange(len(data.train))
-        if config.attack is not None:
-            self.trigger = config.attack.trigger.create()
-            assert self.trigger is not None
-            self.trigger.prepare(data.train, data.test, data.classes)
-            rows = rows[~torch.isin(rows, self.trigger.excluded(data.train))]
-            if config.attack.name != "none":
-                cls: Any = plugins.get("attack", config.attack.name)
-                self.attack = cls(config.attack.parameters)
-        partition: Partition = config.federation.partition.create()
-        parts = partition.split(data.train.subset(rows), config.federation.clients, config.seed)
-        self.data, self.parts = data, [rows[part] for part in parts]
+        if config.attack is not None and config.attack.name != "none":
+            cls: Any = plugins.get("attack", config.attack.name)
+            self.attack = cls(config.attack.parameters)
         module = initial_module(config, data)
         self.layout = Layout.of(module)
         model = FlatModel(module, device=self.device)
@@ -303,7 +299,7 @@ class _Experiment:
             model.load(_warm_start(Path(config.training.warm_start), self.layout).to(self.device))
         self.initial = model.vector.clone()
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.evaluator = Evaluator(self.task, model, data, self.trigger, config.evaluation.batch_size, threads)
+        self.evaluator = Evaluator(task, model, data, setup.trigger, config.evaluation.batch_size, threads)
 
     def _grid(self) -> LocalGrid:
         config, nodes = self.config, self.config.federation.clients
@@ -344,8 +340,8 @@ class _Experiment:
     def _rounds(self, grid: LocalGrid, directory: Path, *, honest: bool) -> None:
         """Play the rounds of the run or of its twin, from the last checkpoint on."""
         tables = Tables(directory)
-        if (directory / "rounds.parquet").exists() and not (directory / JOURNAL).exists():
-            return  # complete already
+        if _is_played(directory):
+            return
         stages: list[Defense] = [stage.create() for stage in self.config.defense]
         strategy = FederatedStrategy(
             self.config,
@@ -384,12 +380,18 @@ class _Experiment:
             return
         tables.resume(found.round)
         state = found.state
+        try:
+            strategy.global_vector = _fitting(state["global_vector"], self.initial)
+            last = state["last_aggregate"]
+            strategy.last_aggregate = None if last is None else _fitting(last, self.initial)
+            strategy.attack_state = dict(state["attack"])
+            for stage, kept in zip(strategy.stages, state["defense"], strict=True):
+                stage.state = dict(kept)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"the checkpoint of round {found.round} does not fit this run ({error}); start the run anew"
+            ) from None
         strategy.start_round = found.round
-        strategy.global_vector = state["global_vector"].to(self.device)
-        strategy.last_aggregate = None if state["last_aggregate"] is None else state["last_aggregate"].to(self.device)
-        strategy.attack_state = state["attack"]
-        for stage, kept in zip(strategy.stages, state["defense"], strict=True):
-            stage.state = kept
         self.progress.say(f"continuing after round {found.round}")
 
     def _round_done(self, strategy: FederatedStrategy, tables: Tables, record: RoundRecord) -> None:
@@ -465,6 +467,23 @@ class _Experiment:
         )
 
 
+def _fitting(value: Any, like: Tensor) -> Tensor:
+    """The tensor on the device of ``like``.
+
+    Raises
+    ------
+    ValueError: it is no tensor of that shape and type.
+    """
+    if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
+        raise ValueError(f"it holds no model of {len(like)} entries")
+    return value.to(like.device)
+
+
+def _is_played(directory: Path) -> bool:
+    """Whether all rounds of a run, or of its twin, are in the tables there (the journal goes with the last)."""
+    return (directory / "rounds.parquet").exists() and not (directory / JOURNAL).exists()
+
+
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     """Containers as key paths."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -478,23 +497,6 @@ def _size_of(sizes: list[int], message: Any) -> tuple[str, float]:
     """Kind and size of a message's work, for the grid's hand-out."""
     order = message.content.config_records["config"]
     return ("malicious" if order["malicious"] else "honest"), float(sizes[int(order["client"])])
-
-
-def _limited(data: Data, config: Config) -> Data:
-    """The data, cut to the numbers of examples the config asks for."""
-    from dataclasses import replace
-
-    from fedsim.streams import numpy_generator
-
-    def cut(part: str, count: int | None) -> Any:
-        examples = getattr(data, part)
-        if count is None or count >= len(examples):
-            return examples
-        rows = numpy_generator(config.seed, "limit", part).permutation(len(examples))[:count]
-        return examples.subset(torch.from_numpy(rows).sort().values)
-
-    task = config.task
-    return replace(data, train=cut("train", task.train_examples), test=cut("test", task.test_examples))
 
 
 def _warm_start(path: Path, layout: Layout) -> Tensor:

@@ -28,6 +28,8 @@ SENTINEL = "fedsim-backdoor"
 
 KINDS = ("attack", "defense", "trigger", "schedule", "craft", "task", "model", "dataset", "partition")
 ENTRY_POINT_GROUPS = ("fedsim.attacks", "fedsim.defenses", "fedsim.triggers", "fedsim.tasks")
+_LARGEST = 2**63
+"""No parameter is as large: whole numbers have to fit into 64 bits, others to be finite."""
 _ROOMS = ("fedsim.tasks", "fedsim.federation.schedule", "fedsim.trigger", "fedsim.attack")
 
 
@@ -81,14 +83,14 @@ def range_problem(f: Field[Any], value: Any) -> str | None:
     for item in value if isinstance(value, list) else [value]:
         if not isinstance(item, (int, float)) or isinstance(item, bool):
             continue
-        inside = (
+        inside = abs(item) < _LARGEST and (
             ("ge" not in m or item >= m["ge"])
             and ("gt" not in m or item > m["gt"])
             and ("le" not in m or item <= m["le"])
             and ("lt" not in m or item < m["lt"])
         )
-        if not inside:  # NaN fails every comparison and so is refused wherever a bound is given
-            return f"{item!r} is out of range; use a number {allowed(f)}"
+        if not inside:  # NaN fails every comparison
+            return f"{item!r} is out of range; use a finite number {allowed(f)}".rstrip()
     return None
 
 
@@ -199,7 +201,10 @@ def load(files: Iterable[str] = ()) -> None:
                     raise PluginError(f"the plugin {point.name!r} ({point.value}) fails to import: {error}") from error
         _loaded.add("builtin")
     for file in files:
-        path = str(Path(file).resolve())
+        try:
+            path = str(Path(file).expanduser().resolve())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise PluginError(f"plugins: {file!r} is no path: {error}") from None
         if path not in _loaded:
             _load_file(Path(path))
             _loaded.add(path)

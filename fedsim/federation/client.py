@@ -6,16 +6,16 @@ A process keeps one :class:`ClientRuntime` — data, model, trigger, attack — 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedsim import plugins, streams
-from fedsim.attack import Attack, AttackContext, CraftStep, LocalSettings
+from fedsim.attack import Attack, AttackContext, CraftStep, Knowledge, LocalSettings
 from fedsim.batch import Batch
 from fedsim.config import Config
 from fedsim.federation.messages import pack_state, to_record, to_vector, unpack_state
@@ -92,37 +92,36 @@ class ClientRuntime:
         t = self.config.training
         return self.task.epoch(self.data.train, self.parts[client], t.batch_size, generator, t.augment)
 
-    def train(self, message: Message) -> RecordDict:
+    def train(self, content: RecordDict, order: Mapping[str, Any]) -> RecordDict:
         """Play one client for one round; the reply holds its local model (D,) and metrics."""
         started = time.perf_counter()
-        order = message.content.config_records["config"]
-        round, client = int(order["round"]), int(order["client"])  # type: ignore[arg-type]
-        global_vector = to_vector(message.content.array_records["arrays"]).to(self.device)
+        round, client = int(order["round"]), int(order["client"])
+        global_vector = to_vector(content.array_records["arrays"]).to(self.device)
         self.model.load(global_vector)
         seed = self.config.seed
         torch.manual_seed(streams.derive(seed, "torch", round, client))  # dropout
         generator = streams.generator(seed, "client", round, client)
         batches = self.batches(client, generator)
-        content = RecordDict()
+        reply = RecordDict()
         metrics: dict[str, Any] = {"num-examples": len(self.parts[client])}
         if bool(order["malicious"]) and self.attack is not None:
-            context = self._context(order, message.content, global_vector, batches, generator)
+            context = self._context(order, content, global_vector, batches, generator)
             update = malicious_update(self.attack, context, self.craft)
             vector = global_vector + update
             metrics.update({f"attack-{name}": float(value) for name, value in context.metrics.items()})
             if context.state:
-                content = pack_state(context.state)
+                reply = pack_state(context.state)
         else:
             metrics["train-loss"] = fit(self.model, batches, self.loss, self.settings(round))
             vector = self.model.vector.clone()
-        content["arrays"] = to_record(vector)
+        reply["arrays"] = to_record(vector)
         metrics["seconds"] = time.perf_counter() - started
-        content["metrics"] = MetricRecord(metrics)
-        return content
+        reply["metrics"] = MetricRecord(metrics)
+        return reply
 
     def _context(
         self,
-        order: ConfigRecord,
+        order: Mapping[str, Any],
         content: RecordDict,
         global_vector: Tensor,
         batches: Callable[[], Iterator[Batch]],
@@ -130,11 +129,13 @@ class ClientRuntime:
     ) -> AttackContext:
         config = self.config
         assert config.attack is not None
-        round, client = int(order["round"]), int(order["client"])  # type: ignore[arg-type]
+        assert self.attack is not None
+        round, client = int(order["round"]), int(order["client"])
+        sees = self.attack.knowledge(self.attack.parameters)
         aggregate = content.array_records.get("last-aggregate")
         return AttackContext(
             model=self.model,
-            global_vector=global_vector,
+            global_vector=global_vector.clone(),  # what arrives is shared memory, and a plugin may err
             batches=batches,
             loss=self.loss,
             settings=self.attacker_settings(round),
@@ -144,13 +145,15 @@ class ClientRuntime:
             poison_fraction=config.attack.poison_fraction,
             generator=generator,
             round=round,
-            clients_per_round=int(order["participants"]),  # type: ignore[arg-type]
+            clients_per_round=int(order["participants"]),
             num_examples=len(self.parts[client]),
-            total_examples=int(order["total-examples"]),  # type: ignore[arg-type]
-            attacker=int(order["attacker"]),  # type: ignore[arg-type]
+            total_examples=int(order["total-examples"]),
+            attacker=int(order["attacker"]),
             state=unpack_state(content),
-            benign_batches=lambda count: self._benign_batches(count, round, client),
-            last_aggregate=None if aggregate is None else to_vector(aggregate).to(self.device),
+            benign_batches=(lambda count: self._benign_batches(count, round, client))
+            if Knowledge.BENIGN_DATA in sees
+            else None,
+            last_aggregate=None if aggregate is None else to_vector(aggregate).to(self.device, copy=True),
             backdoor_accuracy=lambda: self._backdoor_accuracy(client, global_vector, generator),
         )
 
@@ -182,11 +185,22 @@ class ClientRuntime:
 
 
 def client_app(runtime: Callable[[Context], ClientRuntime]) -> ClientApp:
-    """The ClientApp over whatever finds the process's runtime."""
+    """The ClientApp over whatever finds the process's runtime.
+
+    A server that says no more than the round, as Flower's own strategies do, gets honest training of the client
+    that the node's partition id names.
+    """
     app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return Message(runtime(context).train(message), reply_to=message)
+        said = message.content.config_records["config"]
+        order: dict[str, Any] = {
+            "round": said.get("server-round", 1),
+            "client": context.node_config.get("partition-id"),
+            "malicious": False,
+            **said,
+        }
+        return Message(runtime(context).train(message.content, order), reply_to=message)
 
     return app

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from torch import Tensor
 
 MODEL = "model"
 """Key of the flat vector (D,) in the ``arrays`` record."""
+
+_TENSOR = "__tensor__"
 
 
 def identify(run_id: int = 1, node_id: int = 1) -> None:
@@ -33,7 +36,7 @@ class ResidentArray(Array):
     """A Flower array that keeps its ndarray: nothing is serialised until somebody asks for bytes.
 
     Between our own processes it travels as a buffer (zero-copy through Ray's object store); on a real wire
-    Flower reads ``data`` as with any other array.
+    Flower reads ``data`` as with any other array, and the other side gets a plain ``Array``.
     """
 
     def __init__(self, ndarray: NDArray[Any]) -> None:
@@ -51,10 +54,21 @@ class ResidentArray(Array):
     def numpy(self) -> NDArray[Any]:
         return self._ndarray
 
+    def deflate(self) -> bytes:
+        return Array(dtype=self.dtype, shape=self.shape, stype=self.stype, data=self.data).deflate()
+
+
+def _record(tensors: dict[str, Tensor]) -> ArrayRecord:
+    """Tensors as an ArrayRecord that keeps them as they are (its constructor would serialise them)."""
+    record = ArrayRecord()
+    for name, tensor in tensors.items():
+        record[name] = ResidentArray(tensor.detach().cpu().numpy())
+    return record
+
 
 def to_record(vector: Tensor) -> ArrayRecord:
     """The vector (D,) as an ArrayRecord; shares memory with a CPU tensor."""
-    return ArrayRecord({MODEL: ResidentArray(vector.detach().cpu().numpy())})
+    return _record({MODEL: vector})
 
 
 def to_vector(record: ArrayRecord) -> Tensor:
@@ -66,9 +80,12 @@ def to_vector(record: ArrayRecord) -> Tensor:
     """
     if list(record) != [MODEL]:
         raise ValueError(f"expected one array named {MODEL!r}, got {list(record)}")
-    array = record[MODEL].numpy()
-    if array.dtype not in (np.float32, np.float64):
-        raise ValueError(f"the array holds {array.dtype}, not floating-point numbers")
+    try:
+        array = record[MODEL].numpy()
+    except (ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"the array cannot be read: {error}") from None
+    if not isinstance(array, np.ndarray) or array.dtype not in (np.float32, np.float64):
+        raise ValueError(f"the array holds {getattr(array, 'dtype', 'an archive')}, not float32 or float64 numbers")
     with warnings.catch_warnings():  # shared memory is read-only; nobody writes into it here
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
@@ -77,8 +94,7 @@ def to_vector(record: ArrayRecord) -> Tensor:
 def pack_state(state: dict[str, Any]) -> RecordDict:
     """A plugin's state (tensors, numbers, text, lists, nested) as records; see :func:`split_state`."""
     tensors, text = split_state(state)
-    arrays = ArrayRecord({name: ResidentArray(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()})
-    return RecordDict({"state-arrays": arrays, "state": ConfigRecord({"json": text})})
+    return RecordDict({"state-arrays": _record(tensors), "state": ConfigRecord({"json": text})})
 
 
 def unpack_state(content: RecordDict) -> dict[str, Any]:
@@ -96,16 +112,20 @@ def split_state(state: Any) -> tuple[dict[str, Tensor], str]:
 
     Raises
     ------
-    TypeError: the state holds something that is neither a tensor nor plain data.
+    TypeError: the state holds something that is neither a tensor nor plain data, or a key that is not text.
     """
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value
-            return {"__tensor__": path}
+            name = path if path not in tensors else f"{len(tensors)}:{path}"  # a key may hold a dot
+            tensors[name] = value
+            return {_TENSOR: name}
         if isinstance(value, dict):
-            return {str(key): walk(item, f"{path}.{key}") for key, item in value.items()}
+            for key in value:
+                if not isinstance(key, str) or key == _TENSOR:
+                    raise TypeError(f"plugin state may have keys of text only, not {key!r} (at {path})")
+            return {key: walk(item, f"{path}.{key}") for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [walk(item, f"{path}.{i}") for i, item in enumerate(value)]
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -120,8 +140,8 @@ def join_state(tensors: dict[str, Tensor], text: str) -> Any:
 
     def walk(value: Any) -> Any:
         if isinstance(value, dict):
-            if set(value) == {"__tensor__"}:
-                return tensors[value["__tensor__"]]
+            if set(value) == {_TENSOR}:
+                return tensors[value[_TENSOR]]
             return {key: walk(item) for key, item in value.items()}
         return [walk(item) for item in value] if isinstance(value, list) else value
 

@@ -169,12 +169,14 @@ class RayGrid(LocalGrid):
         running: dict[Any, tuple[_Slot, _Call]] = {}
 
         def hand_out() -> None:
-            for slot in sorted(self._slots, key=lambda s: len(s.calls)):
-                while waiting and self._takes(slot, waiting[0]):
-                    work = waiting.popleft()
-                    payload = [(m, places[m.metadata.message_id]) for m in work.messages]
-                    slot.calls.append(work)
-                    running[slot.actor.answer.remote(payload, *shared)] = (slot, work)
+            while waiting:
+                free = [slot for slot in self._slots if self._takes(slot, waiting[0])]
+                if not free:
+                    return
+                slot, work = min(free, key=lambda s: len(s.calls)), waiting.popleft()
+                payload = [(m, places[m.metadata.message_id]) for m in work.messages]
+                slot.calls.append(work)
+                running[slot.actor.answer.remote(payload, *shared)] = (slot, work)
 
         hand_out()
         while running:
@@ -190,6 +192,8 @@ class RayGrid(LocalGrid):
                 self._replace(slot)
                 for call_ in lost:
                     self._again(call_, str(error), waiting, replies, order)
+            except RayError as error:
+                raise RunError(f"a Ray worker failed: {' '.join(str(error).split())}") from error
             else:
                 for message, (reply, seconds) in zip(work.messages, answers, strict=True):
                     replies[order[message.metadata.message_id]] = reply

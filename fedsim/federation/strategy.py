@@ -25,6 +25,14 @@ from fedsim.federation.schedule import RoundPlan
 from fedsim.layout import Layout
 
 
+_REGISTRATION_SECONDS = 60.0
+"""How long the first round waits for nodes to register (with our own grids they are there at once)."""
+
+
+_MOST_EXAMPLES = 2**31
+"""More examples than any client holds: a reply that claims more is not believed."""
+
+
 @dataclass(frozen=True)
 class ClientRecord:
     """What happened to one client in one round.
@@ -95,6 +103,7 @@ class FederatedStrategy(Strategy):
         self.honest, self.start_round = honest, start_round
         self.last_aggregate: Tensor | None = None
         self.attack_state: dict[str, Any] = {}
+        self._nodes: list[int] = []
         self._matrix: Tensor | None = None
         self._started = 0.0
         self._record: RoundRecord | None = None
@@ -107,9 +116,7 @@ class FederatedStrategy(Strategy):
         """One message per replying client; they share one ArrayRecord."""
         self._started = time.perf_counter()
         plan = self.plan[server_round + self.start_round - 1]
-        nodes = sorted(grid.get_node_ids())
-        if len(nodes) < self.config.federation.clients:
-            raise RunError(f"the grid has {len(nodes)} nodes, federation.clients is {self.config.federation.clients}")
+        nodes = self._find_nodes(grid)
         total = sum(self.sizes[client] for client in plan.replying)
         return [
             Message(
@@ -120,6 +127,22 @@ class FederatedStrategy(Strategy):
             )
             for client in plan.replying
         ]
+
+    def _find_nodes(self, grid: Grid) -> list[int]:
+        """The node of every client: the ascending node ids, fixed once all have registered.
+
+        Raises
+        ------
+        RunError: fewer nodes than clients have registered in time.
+        """
+        clients, deadline = self.config.federation.clients, time.monotonic() + _REGISTRATION_SECONDS
+        while len(self._nodes) < clients:
+            self._nodes = sorted(grid.get_node_ids())
+            if len(self._nodes) < clients and time.monotonic() > deadline:
+                raise RunError(f"the grid has {len(self._nodes)} nodes; federation.clients is {clients}")
+            if len(self._nodes) < clients:
+                time.sleep(0.1)
+        return self._nodes
 
     def _content(self, plan: RoundPlan, client: int, arrays: ArrayRecord, total: int) -> RecordDict:
         malicious = client in plan.malicious and not self.honest
@@ -148,7 +171,9 @@ class FederatedStrategy(Strategy):
         """Replies to (N, D), the colluders' coordination, the defense, the new global model."""
         trained = time.perf_counter()
         plan = self.plan[server_round + self.start_round - 1]
-        by_client = dict(zip(plan.replying, replies, strict=True))
+        client_of = {node: client for client, node in enumerate(self._nodes)}
+        answered = {client_of[reply.metadata.src_node_id]: reply for reply in replies}
+        by_client = {client: answered[client] for client in plan.replying if client in answered}
         rows, records, metrics = self._collect(plan, by_client)
         seconds = {"train": trained - self._started, **metrics}
         if rows:
@@ -204,6 +229,9 @@ class FederatedStrategy(Strategy):
         shape = (len(replies), self.layout.size)
         if self._matrix is None or self._matrix.shape[0] < shape[0]:
             self._matrix = torch.empty(shape, dtype=self.global_vector.dtype, device=self.global_vector.device)
+        for c in set(plan.replying) - set(replies):
+            malicious = self._is_malicious(plan, c)
+            records[c] = ClientRecord(c, malicious, self.sizes[c], "failed", reason="no reply in time")
         rows: list[int] = []
         client_seconds: list[float] = []
         attack_seconds: dict[str, float] = {}
@@ -222,12 +250,12 @@ class FederatedStrategy(Strategy):
             rows.append(client)
             records[client] = ClientRecord(client, malicious, examples)
             metrics = reply.content.metric_records["metrics"]
-            client_seconds.append(float(metrics.get("seconds", 0.0)))  # type: ignore[arg-type]
+            client_seconds.append(_number(metrics.get("seconds")))
             if malicious:
                 self.attack_state = unpack_state(reply.content) or self.attack_state
                 for name, value in metrics.items():
                     if name.startswith("attack-"):
-                        attack_seconds[name.replace("-", "_")] = float(value)  # type: ignore[arg-type]
+                        attack_seconds[name.replace("-", "_")] = _number(value)
                 attack_seconds["malicious_client"] = client_seconds[-1]
         slowest = {"slowest_client": max(client_seconds)} if client_seconds else {}
         return rows, records, {**slowest, **attack_seconds}
@@ -240,10 +268,12 @@ class FederatedStrategy(Strategy):
         try:
             examples = reply.content.metric_records["metrics"]["num-examples"]
             local = to_vector(reply.content.array_records["arrays"])
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
+            return 0, f"unusable reply: it has no {error}"
+        except ValueError as error:
             return 0, f"unusable reply: {error}"
-        if not isinstance(examples, int) or examples < 1:
-            return 0, f"a number of examples of {examples!r}"
+        if type(examples) is not int or not 0 < examples <= _MOST_EXAMPLES:
+            return 0, f"a number of examples of {str(examples)[:40]}"
         if local.shape != row.shape:
             return examples, f"an array of shape {tuple(local.shape)}, the model has {tuple(row.shape)}"
         torch.sub(local.to(row.device, row.dtype), self.global_vector, out=row)
@@ -311,3 +341,11 @@ class FederatedStrategy(Strategy):
                 weight=weights[i],
                 scores={name: values[i] for name, values in scores.items()},
             )
+
+
+def _number(value: Any) -> float:
+    """A metric that a client reports about itself, as far as it is a number."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return 0.0

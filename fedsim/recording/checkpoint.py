@@ -33,7 +33,7 @@ class Checkpoint:
 def save(directory: Path, checkpoint: Checkpoint, config_hash: str) -> None:
     """Write ``round-NNNNNN.safetensors`` and ``.json`` (the JSON last: it makes the checkpoint valid)."""
     directory.mkdir(exist_ok=True)
-    stem = f"round-{checkpoint.round:06d}"
+    stem = _stem(checkpoint.round)
     tensors, text = split_state(checkpoint.state)
     raw = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     write_atomic(directory / f"{stem}.safetensors", lambda path: path.write_bytes(raw))
@@ -60,19 +60,34 @@ def load(directory: Path, config_hash: str) -> tuple[Checkpoint | None, list[str
     damaged = []
     for path in sorted(directory.glob("round-*.json"), reverse=True):
         try:
-            described = json.loads(path.read_text(encoding="utf-8"))
-            raw = path.with_suffix(".safetensors").read_bytes()
-            if hashlib.sha256(raw).hexdigest() != described["sha256"]:
-                raise ValueError("its checksum does not match")
-            text = described["state"]
-            if hashlib.sha256(text.encode()).hexdigest() != described["state_sha256"]:
-                raise ValueError("the checksum of its state does not match")
-            tensors: dict[str, Tensor] = safetensors.torch.load(raw)
-            state = join_state(tensors, text)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            config, found = _read(path)
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
             damaged.append(f"checkpoint {path.stem} is damaged ({error}); trying the one before")
             continue
-        if described["config"] != config_hash:
+        if config != config_hash:
             raise InputError("the checkpoints here belong to another config; use another directory, or the same config")
-        return Checkpoint(int(described["round"]), state), damaged
+        return found, damaged
     return None, damaged
+
+
+def _read(path: Path) -> tuple[str, Checkpoint]:
+    """One checkpoint and the hash of its config; whatever is wrong with the files raises."""
+    round = int(path.stem.removeprefix("round-"))
+    described = json.loads(path.read_text(encoding="utf-8"))
+    raw = path.with_suffix(".safetensors").read_bytes()
+    if hashlib.sha256(raw).hexdigest() != described["sha256"]:
+        raise ValueError("its checksum does not match")
+    text = str(described["state"])
+    if hashlib.sha256(text.encode()).hexdigest() != described["state_sha256"]:
+        raise ValueError("the checksum of its state does not match")
+    if described["round"] != round:
+        raise ValueError("it is of another round")
+    tensors: dict[str, Tensor] = safetensors.torch.load(raw)
+    state = join_state(tensors, text)
+    if not isinstance(state, dict):
+        raise ValueError("its state is no mapping")
+    return str(described["config"]), Checkpoint(round, state)
+
+
+def _stem(round: int) -> str:
+    return f"round-{round:06d}"

@@ -100,22 +100,24 @@ class Tables:
     def resume(self, last: int) -> None:
         """Take over the journal's rows up to round ``last``; drop the rest (they are played again)."""
         path = self.directory / JOURNAL
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_bytes().splitlines() if path.exists() else []
         kept = []
         for i, line in enumerate(lines):
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+                beyond = entry["round"]["round"] > last
+                if not beyond:
+                    self._take(entry)
+            except (ValueError, LookupError, TypeError, RecursionError):
                 if i == len(lines) - 1:
                     break  # the line a kill cut short
                 raise InputError(f"{path} is damaged in line {i + 1}; start the run anew") from None
-            if entry["round"]["round"] > last:
+            if beyond:
                 break
             kept.append(line)
-            self._take(entry)
         if len(self.rounds) != last:
             raise InputError(f"{path} holds {len(self.rounds)} rounds, the checkpoint {last}; start the run anew")
-        write_atomic(path, lambda temporary: temporary.write_text("".join(f"{k}\n" for k in kept), encoding="utf-8"))
+        write_atomic(path, lambda temporary: temporary.write_bytes(b"".join(line + b"\n" for line in kept)))
 
     def add(self, record: RoundRecord) -> None:
         """Put a finished round on disk."""
@@ -150,6 +152,7 @@ class Tables:
         (self.directory / JOURNAL).unlink(missing_ok=True)
 
     def _take(self, entry: dict[str, Any]) -> None:
-        self.rounds.append(entry["round"])
-        self.clients += entry["clients"]
-        self.timings.append(entry["timings"])
+        one, clients, timings = entry["round"], entry["clients"], entry["timings"]
+        self.rounds.append(one)
+        self.clients += clients
+        self.timings.append(timings)

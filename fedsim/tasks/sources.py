@@ -252,7 +252,7 @@ class ParquetDirectory(Dataset):
         return [
             Problem(key, f"no file in {parameters.path!r} matches {getattr(parameters, key)!r}")
             for key in ("train", "test")
-            if not list(root.glob(getattr(parameters, key)))
+            if not _matching(root, getattr(parameters, key))
         ]
 
     def load(self) -> Data:
@@ -261,7 +261,7 @@ class ParquetDirectory(Dataset):
 
     def _read(self, pattern: str) -> Examples:
         p = self.parameters
-        paths = sorted(Path(p.path).expanduser().glob(pattern))
+        paths = _matching(Path(p.path).expanduser(), pattern)
         if not paths:
             raise InputError(f"task.data: no file in {p.path!r} matches {pattern!r}")
         parts = [self._read_file(path) for path in paths]
@@ -287,6 +287,14 @@ class ParquetDirectory(Dataset):
         shape = None if p.shape is None else tuple(p.shape)
         images = decode_images(table[p.image], source=path.name, shape=shape)
         return Examples(images, _integers(table[p.label], path.name, p.label), _users(table, p.user, path.name))
+
+
+def _matching(root: Path, pattern: str) -> list[Path]:
+    """The files in ``root`` that match, in order; none if the pattern is no pattern."""
+    try:
+        return sorted(path for path in root.glob(pattern) if path.is_file())
+    except (OSError, ValueError, NotImplementedError):
+        return []
 
 
 def _integers(column: pa.ChunkedArray, source: str, name: str) -> Tensor:

@@ -1,0 +1,94 @@
+"""Projected gradient descent: poisoned training that never leaves a ball around the global model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from attacks._projection import project_l2
+from fedsim.attack import Attack, AttackContext, StepInfo
+from fedsim.errors import RunError
+from fedsim.plugins import Parameters, parameter, register
+
+
+@dataclass(frozen=True)
+class PGDParameters(Parameters):
+    eps: float = parameter(2.0, "radius of the ball around the global model", gt=0)
+    eps_decay: float = parameter(1.0, "factor on the radius per round: eps · decay^(round − 1)", gt=0, le=1)
+    norm: str = parameter("l2", "shape of the ball", choices=("l2", "linf"))
+    frequency: int = parameter(10, "l2: project after batches 0, m, 2m, … and the last of each epoch", ge=1)
+    linf_step: float = parameter(0.001, "linf: learning rate, in place of the attacker's own", gt=0)
+    prox: float = parameter(0.0, "weight c of the proximal term c · ‖w − ŵ‖²; 0: none", ge=0)
+    replacement: bool = parameter(False, "boost the projected update by (examples of the round) / (own examples)")
+
+
+@register("pgd")
+class PGD(Attack):
+    """Poisoned training with projection onto a ball around the global model, against norm-based defenses.
+
+    After an optimiser step, ``w ← w_g + Π_eps(w − w_g)`` over the trainable parameters. The L2 projection
+    acts every ``frequency`` batches (hence always on the first) and on the last batch of every epoch;
+    momentum is neither reset nor projected. Running statistics are left as they are.
+
+    Followed from the authors' code where the paper is silent:
+
+    * ``linf`` is plain gradient descent with a fixed step, no momentum and no weight decay, clamped after
+      every step whatever the frequency.
+    * ``prox`` adds the squared distance to an estimate ŵ of the next global model: the global one trained on
+      the attacker's clean data as everybody else trains.
+    * ``replacement`` multiplies the trainable part *after* the last projection, so that what is sent lies
+      outside the ball.
+    * Their radius decays with the learning rate under Krum, Multi-Krum and Multi-metrics only; ``eps_decay``
+      states it.
+
+    Cost: that of plain training; with ``prox`` one benign training more.
+    """
+
+    paper = "Wang et al., Attack of the Tails, NeurIPS 2020; code: ksreenivasan/OOD_Federated_Learning"
+    Parameters = PGDParameters
+
+    def train(self, context: AttackContext) -> None:
+        p, model = self.parameters, context.model
+        centre = context.global_vector[: model.layout.trainable]
+        radius = p.eps * p.eps_decay ** (context.round - 1)
+        linf = p.norm == "linf"
+        target = self._next_global(context) if p.prox else None
+
+        def pull(gradient: Tensor, weights: Tensor) -> None:
+            if target is not None:
+                gradient.add_(weights - target, alpha=2 * p.prox)
+
+        def project(weights: Tensor, where: StepInfo) -> None:
+            if linf:
+                weights.copy_(weights.clamp(centre - radius, centre + radius))
+            elif where.batch % p.frequency == 0 or where.last_batch:
+                project_l2(weights, centre, radius)
+
+        plain = {"lr": p.linf_step, "momentum": 0.0, "weight_decay": 0.0} if linf else {}
+        context.fit(
+            model,
+            context.batches,
+            context.loss,
+            context.with_settings(**plain),
+            transform=lambda batch: self.poison(batch, context),
+            on_gradient=pull,
+            on_step=project,
+        )
+
+    def _next_global(self, context: AttackContext) -> Tensor:
+        """(T,) the estimate ŵ; leaves the model as it found it."""
+        model = context.model
+        context.fit(model, context.batches, context.loss, context.benign)
+        estimate = model.weights.clone()
+        model.load(context.global_vector)
+        return estimate
+
+    def craft(self, update: Tensor, context: AttackContext) -> Tensor:
+        if not self.parameters.replacement:
+            return update
+        if context.num_examples < 1:
+            raise RunError("pgd: replacement divides by the attacker's number of examples, which is 0")
+        result = update.clone()
+        result[: context.model.layout.trainable] *= context.total_examples / context.num_examples
+        return result

@@ -1,0 +1,270 @@
+"""The page of one run: self-contained, offline, readable without scripts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+
+from fedsim.errors import InputError
+from fedsim.recording.summary import SUBMITTED, score_table, summarise
+from fedsim.report import drawing, figures, words
+
+_HERE = Path(__file__).parent
+_MOST_SCORES = 12
+_MOST_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds. finished: whether the run wrote its summary itself."""
+
+    name: str
+    config_text: str
+    config: Mapping[str, Any]
+    manifest: Mapping[str, Any]
+    rounds: pd.DataFrame
+    clients: pd.DataFrame
+    timings: pd.DataFrame | None
+    twin: pd.DataFrame | None
+    summary: Mapping[str, Any]
+    finished: bool
+
+
+def read(directory: Path) -> Run:
+    """The contents of a run directory.
+
+    Raises
+    ------
+    InputError: the directory holds no run, or no round of it has ended.
+    """
+    for needed in ("rounds.parquet", "clients.parquet", "config.yaml"):
+        if not (directory / needed).is_file():
+            raise InputError(f"{directory} is not the directory of a run: it has no {needed}")
+    rounds = _table(directory / "rounds.parquet").sort_values("round", ignore_index=True)
+    if rounds.empty:
+        raise InputError(f"there is nothing to report in {directory}: no round has ended yet")
+    clients = _table(directory / "clients.parquet")
+    timings, twin = directory / "timings.parquet", directory / "twin" / "rounds.parquet"
+    twin_rounds = _table(twin) if twin.is_file() else None
+    finished = (directory / "summary.json").is_file()
+    text = (directory / "config.yaml").read_text(encoding="utf-8")
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{directory / 'config.yaml'} is not valid YAML: {error}") from None
+    return Run(
+        name=directory.resolve().name,
+        config_text=text,
+        config=config if isinstance(config, dict) else {},
+        manifest=_json(directory / "manifest.json") if (directory / "manifest.json").is_file() else {},
+        rounds=rounds,
+        clients=clients,
+        timings=_table(timings) if timings.is_file() else None,
+        twin=twin_rounds,
+        summary=_json(directory / "summary.json") if finished else summarise(rounds, clients, twin=twin_rounds),
+        finished=finished,
+    )
+
+
+def write(directory: Path) -> Path:
+    """See :func:`fedsim.report.write_report`."""
+    run = read(directory)
+    drawn = _figures(run)
+    for stem, (wide, _) in drawn.items():
+        drawing.save(wide, directory / "figures", stem)
+    page = directory / "report.html"
+    page.write_text(render(run, drawn), encoding="utf-8")
+    return page
+
+
+def render(run: Run, drawn: Mapping[str, tuple[Figure, Figure]]) -> str:
+    """The page. drawn: name of a figure → the figure for wide and for narrow windows."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = (_HERE / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    timed = run.timings is not None and len(run.timings) > 0
+    return environment.get_template("report.html.jinja").render(
+        style=(_HERE / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        script_hash=digest,
+        title=str(run.config.get("name") or run.name),
+        subtitle=_subtitle(run),
+        finished=run.finished,
+        last_round=int(run.rounds["round"].max()),
+        verdict=words.verdict(run.summary),
+        attacked=run.summary["t0"] is not None,
+        tiles=_tiles(run.summary),
+        persistence=words.persistence_sections(run.summary),
+        stealth=words.stealth_sections(run.summary),
+        plots={name: _plots(name, *pair) for name, pair in drawn.items()},
+        alternative=_alternative(run),
+        points=_points(run),
+        hidden_scores=max(0, len(run.summary["detection"]["auroc"]) - _MOST_SCORES),
+        phases=_phases(run.timings) if timed and run.timings is not None else [],
+        config=words.without_paths(run.config_text),
+        facts=_facts(run.manifest),
+    )
+
+
+def _table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except (OSError, ValueError) as error:  # what pyarrow raises derives from these
+        raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from None
+    return loaded
+
+
+def _figures(run: Run) -> dict[str, tuple[Figure, Figure]]:
+    """The figures this run has something for, each for wide and for narrow windows."""
+    draw: dict[str, Callable[[bool], Figure]] = {
+        "backdoor": lambda narrow: figures.backdoor(run.rounds, run.summary, twin=run.twin, narrow=narrow),
+    }
+    sent = run.clients[run.clients["status"].isin(SUBMITTED)]
+    if len(sent):
+        draw["acceptance"] = lambda narrow: figures.acceptance(sent, narrow=narrow)
+        draw["norms"] = lambda narrow: figures.norms(sent, narrow=narrow)
+    malicious = sent["malicious"].astype(bool)
+    attacked = sent[sent["round"].isin(sent.loc[malicious, "round"].unique())]
+    table = score_table(attacked).replace([np.inf, -np.inf], np.nan).dropna(axis="columns", how="all")
+    if table.shape[1]:
+        shown, aurocs = table.iloc[:, :_MOST_SCORES], run.summary["detection"]["auroc"]
+        draw["scores"] = lambda narrow: figures.scores(shown, malicious, aurocs, narrow=narrow)
+    if run.timings is not None and len(run.timings):
+        timings = run.timings
+        draw["timings"] = lambda narrow: figures.timings(timings, narrow=narrow)
+    return {name: (function(False), function(True)) for name, function in draw.items()}
+
+
+def _plots(name: str, wide: Figure, narrow: Figure) -> list[dict[str, Any]]:
+    """A figure for wide and narrow windows, each with where its axes lie (in percent of the figure)."""
+    plots = []
+    for width, figure in (("wide", wide), ("narrow", narrow)):
+        svg = drawing.inline(figure, f"{name}-{width}")
+        ax = figure.axes[0]
+        box, limits = ax.get_position(), ax.get_xlim()  # after drawing: the layout is made then
+        frame = {
+            "left": 100 * box.x0,
+            "width": 100 * box.width,
+            "top": 100 * (1 - box.y1),
+            "height": 100 * box.height,
+            "from": limits[0],
+            "to": limits[1],
+        }
+        plots.append({"width": width, "svg": svg, "frame": {key: round(v, 3) for key, v in frame.items()}})
+    return plots
+
+
+def _subtitle(run: Run) -> list[str]:
+    """Task, attack, defense, seed: what tells one run from its neighbours."""
+
+    def named(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return str(value.get("name", ""))
+        return " + ".join(named(item) for item in value) if isinstance(value, list) else str(value or "")
+
+    task, attack = run.config.get("task"), run.config.get("attack")
+    task = task if isinstance(task, Mapping) else {}
+    parts = [" / ".join(part for part in (named(task.get("data")), named(task.get("model"))) if part)]
+    if isinstance(attack, Mapping):
+        choices = (named(attack), named(attack.get("trigger")), named(attack.get("schedule")))
+        parts.append("attack " + " × ".join(part for part in choices if part))
+    parts.append("defense " + (named(run.config.get("defense")) or "none"))
+    if "seed" in run.config:
+        parts.append(f"seed {run.config['seed']}")
+    return [words.without_paths(part) for part in parts if part]
+
+
+def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Label, value and note of the numbers beside the headline."""
+    headline, final, stealth = words.threshold(summary), summary["final"], summary["stealth"]
+    tiles = []
+    if summary["t0"] is not None:
+        for key in sorted(summary["lifespan"], key=float):
+            if key != headline:
+                tiles.append(
+                    (
+                        f"lifespan, κ = {words.percent(float(key), 0)}",
+                        words.span(summary["lifespan"][key]),
+                        "rounds",
+                    )
+                )
+        tiles.append(("half-life", words.span(summary["half_life"]), f"rounds; floor: {summary['floor']}"))
+    ended = "" if final["round"] is None else f"round {final['round']}"
+    tiles.append(("ASR at the end", words.percent(final["asr"]), ended))
+    cost = ended if stealth is None else f"{words.points(stealth['final'])} against the clean twin"
+    tiles.append(("main accuracy", words.percent(final["main_accuracy"]), cost))
+    return tiles
+
+
+def _alternative(run: Run) -> str:
+    """What the main figure shows, for those who do not see it."""
+    answer = words.verdict(run.summary)
+    final = run.summary["final"]
+    return (
+        f"Attack success rate and main accuracy over {words.rounds(int(run.rounds['round'].max()))}. "
+        f"{answer.headline}. {answer.detail} At the end the attack success rate is "
+        f"{words.percent(final['asr'])} and the main accuracy {words.percent(final['main_accuracy'])}."
+    )
+
+
+def _points(run: Run) -> dict[str, Any]:
+    """The main figure's numbers, for reading a round off it."""
+    table = run.rounds.set_index("round")[["asr", "main_accuracy"]].astype("float64")
+    if run.twin is not None:
+        table["twin"] = run.twin.set_index("round")["asr"].astype("float64")
+    table = table.dropna(how="all")
+    table = table.iloc[:: max(1, -(-len(table) // _MOST_POINTS))]
+    columns = {str(key): [None if np.isnan(v) else round(v, 4) for v in table[key]] for key in table}
+    return {"t0": run.summary["t0"], "round": [int(t) for t in table.index], **columns}
+
+
+def _phases(timings: pd.DataFrame) -> list[tuple[str, str, str, str]]:
+    """Phase, total, median a round and share of the whole."""
+    columns = [str(c) for c in timings if str(c).startswith("seconds_")]
+    whole = float(timings["seconds_total"].sum()) if "seconds_total" in timings else 0.0
+    rows = []
+    for column in columns:
+        total = float(timings[column].sum())
+        share = words.percent(total / whole if whole > 0 else None)
+        name = column.removeprefix("seconds_")
+        rows.append((name, words.seconds(total), words.seconds(float(timings[column].median())), share))
+    return rows
+
+
+def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The manifest as groups of key and value; single values first."""
+    single = [(str(key), words.plain(value)) for key, value in manifest.items() if not isinstance(value, Mapping)]
+    groups = [("run", single)] if single else []
+    groups += [(str(key), _flat(value)) for key, value in manifest.items() if isinstance(value, Mapping)]
+    return [group for group in groups if group[1]]
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, item in value.items():
+        rows += _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else [(f"{prefix}{key}", words.plain(item))]
+    return rows

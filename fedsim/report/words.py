@@ -1,0 +1,255 @@
+"""How the numbers of a summary are put into words, the same in the terminal and on the page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ABSENT = "—"
+"""Stands where a number is unknown or meaningless."""
+
+_NARROW = "\u202f"  # narrow no-break space: a number and its unit stay on one line
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer of a run. headline: a short sentence. detail: how it was measured, one or two sentences."""
+
+    headline: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measure of a table. values: as many as the table has columns. definition: one line."""
+
+    name: str
+    values: tuple[str, ...]
+    definition: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table of measures. columns: the column heads; a section with a single column has no heads.
+
+    prefix: what a row's name needs before it where the title is not shown.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    prefix: str = ""
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share in [0, 1] as a percentage: 0.1234 → 12.3 %."""
+    return ABSENT if share is None else f"{100 * share:.{digits}f}{_NARROW}%"
+
+
+def points(difference: float | None) -> str:
+    """A difference of shares in percentage points, signed: −0.012 → −1.2 pp."""
+    if difference is None:
+        return ABSENT
+    text = f"{100 * difference:+.1f}".replace("-", "−")
+    return f"{'0.0' if text in ('+0.0', '−0.0') else text}{_NARROW}pp"
+
+
+def number(value: float | None) -> str:
+    """A plain number with up to three significant decimals."""
+    return ABSENT if value is None else f"{value:.3g}".replace("-", "−")
+
+
+def span(value: Mapping[str, Any] | None) -> str:
+    """A number of rounds; ``> 12`` if the run ended before it was over."""
+    if value is None:
+        return ABSENT
+    return f">{_NARROW}{value['rounds']}" if value["censored"] else str(value["rounds"])
+
+
+def rounds(count: int) -> str:
+    """``1 round``, ``2 rounds``."""
+    return f"{count} round{'' if count == 1 else 's'}"
+
+
+def seconds(value: float) -> str:
+    """A duration in the unit that reads best: 8.2 ms, 0.31 s, 12 s, 3 min 05 s, 2 h 10 min."""
+    if value < 0.1:
+        return f"{1000 * value:.2g}{_NARROW}ms"
+    if value < 10:
+        return f"{value:.2g}{_NARROW}s"
+    if round(value) < 60:
+        return f"{value:.0f}{_NARROW}s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes}{_NARROW}min {rest:02d}{_NARROW}s"
+    return f"{minutes // 60}{_NARROW}h {minutes % 60:02d}{_NARROW}min"
+
+
+def threshold(summary: Mapping[str, Any]) -> str:
+    """The κ of the headline, as the summary spells it: 0.5 where it is among them, else the middle one."""
+    keys = sorted(summary["lifespan"], key=float)
+    return "0.5" if "0.5" in keys else keys[len(keys) // 2]
+
+
+def verdict(summary: Mapping[str, Any]) -> Verdict:
+    """The sentence a reader came for: how long the backdoor lived."""
+    key = threshold(summary)
+    kappa, t0 = percent(float(key), 0), summary["t0"]
+    if t0 is None:
+        return Verdict("Nobody attacked", "No malicious client submitted an update in this run.")
+    life = summary["lifespan"][key]
+    where = f"the last malicious update (round {t0})"
+    if life is None:
+        return Verdict("Persistence was not measured", f"No round was evaluated since {where}.")
+    if summary["time_to_inject"][key] is None:
+        return Verdict(
+            "The backdoor never took hold",
+            f"Its success rate was never above κ = {kappa} in an evaluated round, from the first malicious "
+            f"update to the end of the run.",
+        )
+    if summary["final"]["round"] == t0:
+        state = "alive" if life["censored"] else "dead"
+        return Verdict(
+            "The attack lasted until the run ended",
+            f"Round {t0}, the last one, still had a malicious update, so what comes after is unknown. "
+            f"The backdoor was then {state} at κ = {kappa}.",
+        )
+    if life["rounds"] == 0 and not life["censored"]:
+        return Verdict(
+            "The backdoor did not outlive the attack",
+            f"Its success rate was never above κ = {kappa} in an evaluated round after {where}.",
+        )
+    if life["censored"]:
+        return Verdict(
+            f"The backdoor lived more than {rounds(life['rounds'])}",
+            f"It was still above κ = {kappa} when the run ended, {rounds(life['rounds'])} after {where}: a "
+            f"lower bound, not a lifespan.",
+        )
+    first = summary["lifespan"][key]["first_crossing"]
+    detail = f"That is how long after {where} its success rate was last above κ = {kappa}."
+    if not first["censored"] and first["rounds"] <= life["rounds"]:
+        detail += f" It first fell to κ or below at age {first['rounds']} and came back."
+    return Verdict(f"The backdoor lived {rounds(life['rounds'])}", detail)
+
+
+def persistence_sections(summary: Mapping[str, Any]) -> tuple[Section, ...]:
+    """The persistence numbers as tables: by threshold κ, by age H, and the rest."""
+    kappas = sorted(summary["lifespan"], key=float)
+    horizons = sorted(summary["area"], key=int)
+    lives = [summary["lifespan"][key] for key in kappas]
+    by_kappa = (
+        Row(
+            "lifespan",
+            tuple(span(life) for life in lives),
+            "largest age s, in rounds, at which ASR was above κ; “> s”: alive when the run ended",
+        ),
+        Row(
+            "first fall",
+            tuple(ABSENT if life is None else span(life["first_crossing"]) for life in lives),
+            "first age s at which ASR was κ or below; it may rise again",
+        ),
+        Row(
+            "submissions to inject",
+            tuple(_count(summary["time_to_inject"][key]) for key in kappas),
+            "malicious updates sent until ASR was above κ first",
+        ),
+    )
+    by_age = (
+        Row(
+            "ASR at age H",
+            tuple(percent(summary["asr_at"][key]) for key in horizons),
+            "attack success rate H rounds after the last malicious update",
+        ),
+        Row(
+            "mean ASR to age H",
+            tuple(percent(summary["area"][key]) for key in horizons),
+            "area under the curve: mean over the evaluated ages 1 to H",
+        ),
+    )
+    floor = summary["floor"]
+    rest = (
+        Row(
+            "half-life",
+            (span(summary["half_life"]),),
+            f"first age, in rounds, at which the excess of ASR over its floor had halved (floor: {floor})",
+        ),
+        Row("final ASR", (percent(summary["final"]["asr"]),), "at the last evaluated round"),
+        Row(
+            "final main accuracy",
+            (percent(summary["final"]["main_accuracy"]),),
+            "at the last evaluated round",
+        ),
+    )
+    return (
+        Section("By threshold κ", tuple(percent(float(key), 0) for key in kappas), by_kappa),
+        Section("By age H, in rounds", tuple(horizons), by_age),
+        Section("In one number", ("",), rest),
+    )
+
+
+def stealth_sections(summary: Mapping[str, Any]) -> tuple[Section, ...]:
+    """What the attack cost the main task and what the defense saw of it."""
+    detection, stealth = summary["detection"], summary["stealth"]
+    found = (
+        Row("TPR", (percent(detection["tpr"]),), "malicious updates that were not accepted"),
+        Row("FPR", (percent(detection["fpr"]),), "benign updates that were not accepted, all rounds"),
+        Row(
+            "FPR under attack",
+            (percent(detection["fpr_attack_rounds"]),),
+            "benign updates that were not accepted, in rounds with a malicious one",
+        ),
+        Row(
+            "malicious weight",
+            (percent(detection["malicious_weight"]),),
+            "share of malicious updates in the aggregate, mean over attack rounds",
+        ),
+    )
+    sections = [Section("Detection", ("",), found)]
+    if detection["auroc"]:
+        definition = "chance that a malicious client scores above a benign one in an attack round"
+        scored = tuple(
+            Row(name, (number(value),), definition if i == 0 else "")
+            for i, (name, value) in enumerate(detection["auroc"].items())
+        )
+        sections.append(Section("AUROC by score", ("",), scored, "AUROC "))
+    if stealth is not None:
+        hidden = (
+            Row(
+                "over attack rounds",
+                (points(stealth["attack_rounds"]),),
+                "mean; negative: the attack costs accuracy",
+            ),
+            Row("at t₀", (points(stealth["at_t0"]),), "after the last malicious update"),
+            Row("at the end", (points(stealth["final"]),), "at the last evaluated round"),
+        )
+        sections.append(Section("Main accuracy minus the clean twin’s", ("",), hidden, "Δ accuracy "))
+    return tuple(sections)
+
+
+_UNIX = re.compile(r"(?<![\w./:~…-])/(?:[^/\s'\",:;]+/)+([^/\s'\",:;]*)")
+_WINDOWS = re.compile(r"\b[A-Za-z]:\\(?:[^\\\s'\"]+\\)*([^\\\s'\"]*)")
+
+
+def without_paths(text: str) -> str:
+    """``text`` with absolute paths cut down to their last part, so that a report names no machine or user."""
+    return _WINDOWS.sub(r"…/\1", _UNIX.sub(r"…/\1", text))
+
+
+def plain(value: Any) -> str:
+    """A value of a manifest in one line; long lists are cut."""
+    if value is None:
+        return ABSENT
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        shown = ", ".join(plain(item) for item in value[:24])
+        return f"{shown}, … ({len(value)} in all)" if len(value) > 24 else shown or ABSENT
+    return without_paths(str(value))
+
+
+def _count(value: int | None) -> str:
+    return ABSENT if value is None else str(value)

@@ -1,0 +1,106 @@
+"""What tests share: deterministic hypothesis, small runs, the command line in this process, the reference data."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: the tests share few cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the network for anything
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, settings
+
+with warnings.catch_warnings():  # Flower imports typer, which touches a deprecated name of click
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import flwr.serverapp.strategy  # noqa: F401
+
+from fedsim.config import load_config
+from fedsim.experiment import Run, run
+
+settings.register_profile(
+    "fedsim",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("fedsim")
+
+TINY: dict[str, Any] = {
+    "name": "tiny",
+    "task": {"data": "digits", "model": "logistic", "test_examples": 200},
+    "federation": {"clients": 8, "clients_per_round": 4, "rounds": 6},
+    "training": {"lr": 0.2, "local_epochs": 1},
+    "attack": {
+        "name": "data_poisoning",
+        "trigger": {"name": "patch", "size": 3},
+        "schedule": {"name": "continuous", "start": 3, "stop": 4},
+        "craft": ["scale"],
+    },
+    "engine": {"name": "serial"},
+    "output": {"report": False},
+}
+"""A backdoored federation on 8×8 digits that is played in a moment."""
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory of data and reference numbers beside the checkout; tests that need it skip where it is not."""
+    root = Path(os.environ.get("FEDSIM_SHARED", Path(__file__).parents[1].parent / "shared"))
+    if not root.is_dir():
+        pytest.skip(f"there is no reference data at {root}; set FEDSIM_SHARED to the directory that has it")
+    return root
+
+
+@pytest.fixture
+def tiny() -> dict[str, Any]:
+    """A config of a run that takes a moment, as a mapping to change at will."""
+    return copy.deepcopy(TINY)
+
+
+@pytest.fixture
+def tiny_file(tmp_path: Path) -> Path:
+    """The same as a file."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished tiny run with its clean twin, to look at and not to touch."""
+    return run(load_config(TINY), out=tmp_path_factory.mktemp("finished") / "run", twin=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left: exit status, standard output, standard error."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def text(self) -> str:
+        """Both outputs, on one line of single spaces."""
+        return " ".join((self.out + self.err).split())
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The command line in this process: ``cli("run", "quickstart")``; an exception it lets through is a failure."""
+    from fedsim.cli import _guarded, app
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        status = _guarded(lambda **options: app([str(argument) for argument in arguments], **options))
+        out, err = capsys.readouterr()
+        return Outcome(status, out, err)
+
+    return call
