@@ -98,7 +98,7 @@ class Neurotoxin(Attack):
         def accumulate(gradient: Tensor, weights: Tensor) -> None:
             total.add_(gradient)
 
-        still = context.with_settings(lr=0.0, momentum=0.0, weight_decay=0.0, epochs=1, steps=None)
+        still = context.with_settings(lr=0.0, epochs=1, steps=None)
         context.fit(model, lambda: self._clean(context), context.loss, still, on_gradient=accumulate)
         model.load(context.global_vector)
         return total

@@ -605,7 +605,7 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
             found = plugins.get(kind, name).problems(parameters, config)
         except (OSError, ValueError, RuntimeError) as error:  # a path that no file system takes
             found = [Problem("", f"cannot be checked: {error}")]
-        problems += [Problem(_join(path, p.path) if p.path else path, p.message) for p in found]
+        problems += [Problem(_join(path, p.path) if p.path else path, p.message, p.absent) for p in found]
     return problems
 
 

@@ -27,10 +27,14 @@ class RunError(FedsimError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a configuration: where, and what is allowed there."""
+    """One thing wrong with a configuration: where, and what is allowed there.
+
+    absent: the config itself is right, but a file it names is not on this machine.
+    """
 
     path: str
     message: str
+    absent: bool = False
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}" if self.path else self.message

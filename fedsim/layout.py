@@ -3,7 +3,7 @@
 The vector holds the trainable parameters first, then the floating-point buffers (running statistics
 travel with an update), each in the model's own order: ``vector[:trainable]`` is what training moves.
 Tied weights are counted once. Integer buffers (BatchNorm's batch counters) are not part of it: averaging
-them means nothing, and they influence no output.
+them means nothing. They start anew whenever a model is loaded.
 """
 
 from __future__ import annotations
@@ -106,6 +106,8 @@ class FlatModel:
             tensor.data = view
             if entry.trainable:
                 tensor.grad = self.gradient[entry.start : entry.stop].view(entry.shape)
+        kept = {entry.name for entry in self.layout.entries}
+        self._rest = [(buffer, buffer.clone()) for name, buffer in module.named_buffers() if name not in kept]
 
     @property
     def device(self) -> torch.device:
@@ -117,7 +119,7 @@ class FlatModel:
         return self.vector[: self.layout.trainable]
 
     def load(self, vector: Tensor) -> None:
-        """Take over ``vector`` (D,).
+        """Take over ``vector`` (D,); whatever else the module holds (counters) is as it was at the beginning.
 
         Raises
         ------
@@ -126,3 +128,5 @@ class FlatModel:
         if vector.shape != self.vector.shape:
             raise ValueError(f"the model has {self.layout.size} entries, the vector {tuple(vector.shape)}")
         self.vector.copy_(vector)
+        for buffer, initial in self._rest:
+            buffer.copy_(initial)

@@ -86,7 +86,7 @@ def lifespan(curve: Curve, t0: int, kappa: float) -> Span | None:
     ages, asr = curve.since(t0)
     if not ages.size:
         return None
-    above = ages[(asr > kappa) & (ages >= 1)]
+    above = ages[asr > kappa]  # age 0 alone gives 0, as nothing at all does
     return Span(int(above[-1]) if above.size else 0, bool(asr[-1] > kappa))
 
 

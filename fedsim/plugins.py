@@ -270,4 +270,7 @@ def create(kind: str, name: str, **values: Any) -> Any:
         problem = range_problem(known[key], value)
         if problem:
             raise PluginError(f"{kind} {name!r}, {key}: {problem}")
+    for key, f in known.items():
+        if key not in values and f.default is MISSING and f.default_factory is MISSING:
+            raise PluginError(f"{kind} {name!r} needs {key}: {f.metadata['doc']}")
     return cls(cls.Parameters(**values))

@@ -198,7 +198,7 @@ def test_a_file_of_mine_is_found_by_its_name(write):
     assert config.attack.parameters.strength == 0.25
     assert config.plugins == [str(path)]
     assert load_config(config.to_dict()) == config  # loading it again changes nothing
-    with pytest.raises(ConfigError, match="strength: 2 is out of range"):
+    with pytest.raises(ConfigError, match="strength: 2.0 is out of range"):
         load_config({"plugins": [str(path)], "attack": {"name": "mine", "strength": 2}})
 
 
@@ -219,17 +219,19 @@ def test_two_files_of_one_stem_are_two_modules(write):
 )
 def test_a_file_that_fails_to_import(write, text, said):
     path = write(text)
+    before = set(sys.modules)
     for _ in range(2):  # it is not taken for loaded after the first failure
         with pytest.raises(ConfigError) as caught:
             load_config({"plugins": [str(path)], "seed": 3})
         assert said in str(caught.value)
         assert caught.value.problems[0].path == "plugins"
-    assert not [name for name in sys.modules if name.startswith("fedsim_plugin_mine") and "Error" in said]
+    if "Error" in said:
+        assert set(sys.modules) == before
 
 
 @pytest.mark.parametrize("name", ["nowhere.py", "", ".", "a\0b", "~nobody_of_that_name/x.py"])
 def test_a_file_that_is_not_there(name):
-    with pytest.raises(ConfigError, match="no such file|is no path"):
+    with pytest.raises(ConfigError, match=r"no such file|is no path"):
         load_config({"plugins": [name]})
 
 

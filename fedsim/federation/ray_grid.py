@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
@@ -34,6 +35,7 @@ WORKER_ENVIRONMENT = {
 }
 _CALLS_AHEAD = 2  # calls queued at a worker, so that it never waits for the driver
 _LEAST_CALL_SECONDS = 0.01  # clients shorter than this share a call
+_KNOCK_SECONDS = 10.0  # for a running cluster to answer
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,22 @@ def start_ray(resources: Resources) -> bool:
     }
     try:
         if resources.address is not None:
+            _knock(resources.address)
             ray.init(address=resources.address, **common)
         else:
             cores = max(1, math.ceil(resources.workers * resources.cpus))
             ray.init(num_cpus=cores, include_dashboard=False, **common)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         raise RunError(f"Ray cannot be started: {' '.join(str(error).split())}") from error
     return True
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once where nobody listens at host:port; Ray itself would try for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS):
+            pass
 
 
 class RayGrid(LocalGrid):
@@ -148,7 +159,8 @@ class RayGrid(LocalGrid):
             ray.get([slot.actor.ready.remote() for slot in self._slots])
         except RayError as error:
             self.close()
-            raise RunError(f"the workers cannot start: {error}") from error
+            last = [line for line in str(error).splitlines() if line.strip()][-1]  # of the worker's traceback
+            raise RunError(f"the workers cannot start: {last.strip()}") from error
 
     def _spawn(self) -> Any:
         remote = ray.remote(num_cpus=self.resources.cpus, num_gpus=self.resources.gpus, max_restarts=0)(_Worker)
@@ -293,3 +305,5 @@ class RayGrid(LocalGrid):
             reason = f"its worker died {work.tries + 1} times ({' '.join(why.split())[:200]})"
             error = Error(ErrorCode.CLIENT_APP_CRASHED, reason)
             replies[order[message.metadata.message_id]] = Message(error, reply_to=message)
+            if self.on_reply is not None:
+                self.on_reply()

@@ -149,7 +149,7 @@ def _detection(clients: pd.DataFrame) -> dict[str, Any]:
     turned_away = ~(sent["accepted"].astype(bool) & (sent["status"] == "ok"))
     attacked = sent["round"].isin(sent.loc[malicious, "round"].unique())
     scores = score_table(sent[attacked])
-    weight = sent["weight"].astype("float64").fillna(0.0)[malicious].groupby(sent["round"]).sum()
+    weight = sent["weight"].astype("float64")[malicious].groupby(sent["round"]).sum()
     return {
         "auroc": {str(name): auroc(scores[name], malicious[attacked]) for name in scores},
         "tpr": _or_none(turned_away[malicious].mean()),

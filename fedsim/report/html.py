@@ -23,6 +23,7 @@ from fedsim.report import drawing, figures, words
 _HERE = Path(__file__).parent
 _MOST_SCORES = 12
 _MOST_POINTS = 2000
+_MOST_KEYS = 16
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         tiles.append(("half-life", words.span(summary["half_life"]), f"rounds; floor: {summary['floor']}"))
     ended = "" if final["round"] is None else f"round {final['round']}"
     tiles.append(("ASR at the end", words.percent(final["asr"]), ended))
-    cost = ended if stealth is None else f"{words.points(stealth['final'])} against the clean twin"
+    cost = ended if stealth is None else f"{words.points(stealth['final'])} vs. clean twin"
     tiles.append(("main accuracy", words.percent(final["main_accuracy"]), cost))
     return tiles
 
@@ -257,14 +258,19 @@ def _phases(timings: pd.DataFrame) -> list[tuple[str, str, str, str]]:
 
 def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The manifest as groups of key and value; single values first."""
-    single = [(str(key), words.plain(value)) for key, value in manifest.items() if not isinstance(value, Mapping)]
-    groups = [("run", single)] if single else []
+    single = {key: value for key, value in manifest.items() if not isinstance(value, Mapping)}
+    groups = [("run", _flat(single))]
     groups += [(str(key), _flat(value)) for key, value in manifest.items() if isinstance(value, Mapping)]
     return [group for group in groups if group[1]]
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Key and value a line, nested keys joined by dots; a table of many keys (who attacked when) is one line."""
     rows: list[tuple[str, str]] = []
     for key, item in value.items():
-        rows += _flat(item, f"{prefix}{key}.") if isinstance(item, Mapping) else [(f"{prefix}{key}", words.plain(item))]
+        name = words.without_paths(f"{prefix}{key}")
+        if isinstance(item, Mapping) and len(item) <= _MOST_KEYS:
+            rows += _flat(item, f"{prefix}{key}.")
+        else:
+            rows.append((name, words.plain(item)))
     return rows

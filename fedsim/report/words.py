@@ -237,18 +237,27 @@ def without_paths(text: str) -> str:
     return _WINDOWS.sub(r"…/\1", _UNIX.sub(r"…/\1", text))
 
 
+_LONG = 24  # so many items of a list are shown
+
+
 def plain(value: Any) -> str:
-    """A value of a manifest in one line; long lists are cut."""
+    """A value of a manifest in one line; long lists and mappings are cut."""
     if value is None:
         return ABSENT
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if isinstance(value, Mapping):
+        return _cut([f"{without_paths(str(key))}: {plain(item)}" for key, item in value.items()])
     if isinstance(value, Sequence) and not isinstance(value, str):
-        shown = ", ".join(plain(item) for item in value[:24])
-        return f"{shown}, … ({len(value)} in all)" if len(value) > 24 else shown or ABSENT
+        return _cut([plain(item) for item in value])
     return without_paths(str(value))
+
+
+def _cut(items: list[str]) -> str:
+    shown = ", ".join(items[:_LONG])
+    return f"{shown}, … ({len(items)} in all)" if len(items) > _LONG else shown or ABSENT
 
 
 def _count(value: int | None) -> str:

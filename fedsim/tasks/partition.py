@@ -9,10 +9,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import datasets
 import numpy as np
 import torch
-from flwr_datasets import partitioner as fp
 from torch import Tensor
 
 from fedsim.batch import Examples
@@ -37,6 +35,13 @@ class Partition(Plugin):
         ------
         InputError: the split is impossible, or leaves a client without examples.
         """
+        import datasets  # slow to import, and only needed to split
+
+        if len(examples) < clients:
+            raise InputError(
+                f"federation.partition {self.name!r}: {len(examples)} examples cannot be split over {clients} clients; "
+                f"use at most as many clients as examples"
+            )
         columns: dict[str, Any] = {"index": np.arange(len(examples)), "label": examples.labels.numpy()}
         if examples.users is not None:
             columns["user"] = examples.users.numpy()
@@ -66,6 +71,8 @@ class Iid(Partition):
     """Every client draws evenly from all data."""
 
     def partitioner(self, examples: Examples, clients: int, seed: int) -> Any:
+        from flwr_datasets import partitioner as fp
+
         return _Shuffled(fp.IidPartitioner(num_partitions=clients), seed)
 
 
@@ -99,6 +106,8 @@ class Dirichlet(Partition):
     Parameters = DirichletParameters
 
     def partitioner(self, examples: Examples, clients: int, seed: int) -> Any:
+        from flwr_datasets import partitioner as fp
+
         return fp.DirichletPartitioner(
             num_partitions=clients,
             partition_by="label",
@@ -140,6 +149,8 @@ class Natural(Partition):
         return [rows[part] for part in super().split(kept, clients, seed)]
 
     def partitioner(self, examples: Examples, clients: int, seed: int) -> Any:
+        from flwr_datasets import partitioner as fp
+
         return fp.NaturalIdPartitioner(partition_by="user")
 
 
@@ -150,12 +161,14 @@ class PathologicalParameters(Parameters):
 
 @register("pathological")
 class Pathological(Partition):
-    """Every client holds a few classes only."""
+    """Every client holds a few classes only; the examples of a class that no client drew are not used."""
 
     paper = "McMahan et al., Communication-Efficient Learning of Deep Networks, AISTATS 2017"
     Parameters = PathologicalParameters
 
     def partitioner(self, examples: Examples, clients: int, seed: int) -> Any:
+        from flwr_datasets import partitioner as fp
+
         return fp.PathologicalPartitioner(
             num_partitions=clients,
             partition_by="label",

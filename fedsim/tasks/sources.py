@@ -11,13 +11,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fedsim.batch import Examples
@@ -25,6 +22,9 @@ from fedsim.errors import InputError, Problem
 from fedsim.plugins import Parameters, parameter, register
 from fedsim.streams import numpy_generator
 from fedsim.tasks.base import Data, Dataset
+
+if TYPE_CHECKING:  # the readers import what they need: the engine itself runs without Parquet or Pillow
+    import pyarrow as pa
 
 
 def decode_images(column: pa.ChunkedArray, *, source: str, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -38,6 +38,9 @@ def decode_images(column: pa.ChunkedArray, *, source: str, shape: tuple[int, ...
     ------
     InputError: an image that cannot be decoded or has another size than the first, naming the row.
     """
+    import pyarrow as pa
+    from PIL import Image
+
     if pa.types.is_struct(column.type):
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
     if column.null_count:
@@ -248,9 +251,9 @@ class ParquetDirectory(Dataset):
     def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
         root = Path(parameters.path).expanduser()
         if not root.is_dir():
-            return [Problem("path", f"there is no directory {parameters.path!r}; give the one that holds the files")]
+            return [Problem("path", f"there is no directory {parameters.path!r}; give the one that holds the files", True)]
         return [
-            Problem(key, f"no file in {parameters.path!r} matches {getattr(parameters, key)!r}")
+            Problem(key, f"no file in {parameters.path!r} matches {getattr(parameters, key)!r}", True)
             for key in ("train", "test")
             if not _matching(root, getattr(parameters, key))
         ]
@@ -274,6 +277,9 @@ class ParquetDirectory(Dataset):
         return Examples(inputs, torch.cat([e.labels for e in parts]), torch.cat(users) if users else None)
 
     def _read_file(self, path: Path) -> Examples:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         p = self.parameters
         wanted = [p.image, p.label, *([p.user] if p.user else [])]
         try:
@@ -298,12 +304,16 @@ def _matching(root: Path, pattern: str) -> list[Path]:
 
 
 def _integers(column: pa.ChunkedArray, source: str, name: str) -> Tensor:
+    import pyarrow as pa
+
     if not pa.types.is_integer(column.type) or column.null_count:
         raise InputError(f"{source}: column {name!r} must hold whole numbers without gaps, it holds {column.type}")
     return torch.from_numpy(column.to_numpy().astype(np.int64))
 
 
 def _users(table: pa.Table, name: str | None, source: str) -> Tensor | None:
+    import pyarrow as pa
+
     if name is None:
         return None
     column = table[name]

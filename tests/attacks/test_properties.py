@@ -294,6 +294,18 @@ def test_anticipate_draws_simulation_batches_as_told(scene: Scene, make_context:
         assert simulated == ([1] * 12 if choice == "first" else [4, 4, 4])
 
 
+def test_anticipate_counts_steps(scene: Scene, make_context: MakeContext) -> None:
+    """One step sees one batch, whatever comes after it."""
+    given_scene = scene()
+    vectors = []
+    for batches in (given_scene["batches"], given_scene["batches"][:1]):
+        context = make_context(given_scene["model"], batches, trigger=given_scene["trigger"])
+        context.settings = context.with_settings(steps=1)
+        plugins.create("attack", "anticipate", k=2).train(context)
+        vectors.append(context.model.vector)
+    assert torch.equal(*vectors)
+
+
 def test_anticipate_refuses_a_client_without_data(scene: Scene, make_context: MakeContext) -> None:
     context = make_context(scene()["model"], [])
     with pytest.raises(RunError, match="no examples"):

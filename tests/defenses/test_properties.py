@@ -387,6 +387,13 @@ def test_whitening_ignores_a_feature_that_repeats_another() -> None:
     near(squared_length(twice), squared_length(features), 1e-8)
 
 
+def test_whitening_does_not_blow_up_rounding_noise() -> None:
+    features = draw(10, 10, 2)["updates"].abs()
+    noise = 1 / 3 + 6e-17 * (torch.arange(10, dtype=torch.float64) % 2)
+    assert noise.std() > 0
+    near(squared_length(torch.cat([features, noise[:, None]], dim=1)), squared_length(features))
+
+
 def test_identical_updates_keep_the_first_clients() -> None:
     same = draw(1, 1, 20)["updates"].expand(10, -1).clone()
     for variant in ("code", "paper"):

@@ -38,7 +38,7 @@ def toy_app() -> ClientApp:
             raise RuntimeError(f"node {context.node_id} has no luck")
         vector = to_vector(message.content.array_records["arrays"]) + context.node_id
         partition = [context.node_config["partition-id"], context.node_config["num-partitions"]]
-        metrics = MetricRecord({"num-examples": context.node_id, "partition": partition})  # type: ignore[dict-item]
+        metrics = MetricRecord({"num-examples": context.node_id, "partition": partition})
         return Message(RecordDict({"arrays": to_record(vector), "metrics": metrics}), reply_to=message)
 
     return app

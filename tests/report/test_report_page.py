@@ -257,6 +257,7 @@ def test_hostile_text_is_shown_and_not_obeyed(make_run: MakeRun) -> None:
     assert page.said.count("alert('gotcha')") > 8
     assert "a $price$ _{x}^" in page.said
     figure = ElementTree.fromstring((directory / "figures" / "scores.svg").read_bytes())
+    assert any("a $price$ _{x}^" in (element.text or "") for element in figure.iter())
     assert not list(figure.iter("{http://www.w3.org/2000/svg}script"))
 
 
@@ -323,6 +324,21 @@ def test_what_is_missing_is_named(make_run: MakeRun, tmp_path: Path) -> None:
     (directory / "config.yaml").write_text("a: [")
     with pytest.raises(InputError, match=r"config\.yaml is not valid YAML"):
         write_report(directory)
+
+
+def test_what_ran_is_listed_and_long_tables_are_cut(make_run: MakeRun) -> None:
+    by_round = {str(t): [t % 7] for t in range(20, 120)}
+    manifest = {
+        "seed": 5,
+        "adversary": {"rounds": 100, "malicious_clients_by_round": by_round},
+        "methods": {"attack": {"name": "neurotoxin", "knows": ["own data", "the last aggregated update"]}},
+    }
+    said = page_of(make_run(last=20, attacks=range(5, 8), manifest=manifest)).said
+    assert "methods.attack" not in said
+    assert "attack.knows own data, the last aggregated update" in said
+    assert "malicious_clients_by_round 20: 6, 21: 0," in said
+    assert "(100 in all)" in said
+    assert "119: 0" not in said
 
 
 def test_timings_add_up(make_run: MakeRun) -> None:

@@ -105,6 +105,7 @@ def test_wording_of_numbers() -> None:
 def test_plain_cuts_long_lists_and_paths() -> None:
     assert words.plain(list(range(1000))).endswith("23, … (1000 in all)")
     assert words.plain([]) == "—"
+    assert words.plain({"20": [3], "path": "/srv/x/y"}) == "20: 3, path: …/y"
     assert words.plain(True) == "yes"
     assert words.plain("/srv/data/cifar10") == "…/cifar10"
     assert words.plain("https://example.org/a/b") == "https://example.org/a/b"

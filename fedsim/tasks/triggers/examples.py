@@ -76,7 +76,7 @@ class ExampleTrigger(Trigger):
 def _missing_file(path: str, what: str) -> list[Problem]:
     if Path(path).expanduser().is_file():
         return []
-    return [Problem("path", f"no such file: {path!r}; give {what}")]
+    return [Problem("path", f"no such file: {path!r}; give {what}", True)]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fedsim import streams
@@ -208,7 +207,7 @@ class Blended(StampTrigger):
     def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
         if parameters.image is None or Path(parameters.image).expanduser().is_file():
             return []
-        return [Problem("image", f"no such file: {parameters.image!r}; name an image, or null for noise")]
+        return [Problem("image", f"no such file: {parameters.image!r}; name an image, or null for noise", True)]
 
     def prepare(self, train: Examples, test: Examples, classes: int) -> None:
         super().prepare(train, test, classes)
@@ -238,6 +237,8 @@ class Blended(StampTrigger):
 
 def _read_image(path: str, channels: int, height: int, width: int) -> Tensor:
     """The image file as pixels (C, H, W) in [0, 1], resized."""
+    from PIL import Image  # only a pattern from a file needs it
+
     if channels not in (1, 3):
         raise InputError(f"an image can be blended into 1 or 3 channels, not {channels}; use image: null (noise)")
     try:
