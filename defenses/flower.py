@@ -37,6 +37,8 @@ REFUSED = {
     "FedXgbBagging": "it combines decision trees, not vectors",
     "FedXgbCyclic": "it combines decision trees, not vectors",
     "QFedAvg": "it needs every client's training loss, which the server does not hold here",
+    "Result": "it is no strategy",
+    "Strategy": "it is the abstract base of all",
 }
 
 
@@ -85,13 +87,7 @@ class Flower(Defense):
 
     @classmethod
     def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
-        found = _refusals(parameters)
-        n, need = experiment.federation.clients_per_round, cls.required_clients(parameters)
-        if not found and n < need:
-            found.append(
-                Problem("arguments", f"{parameters.strategy} needs {need} clients a round with these, not {n}")
-            )
-        return found
+        return _refusals(parameters)
 
     def aggregate(self, round: RoundUpdates) -> Aggregated:
         name = self.parameters.strategy

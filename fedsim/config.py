@@ -366,6 +366,7 @@ def load_config(
     else:
         path = find(path_or_name)
         source, raw, stem = str(path_or_name), _read_with_parents(path), path.stem
+        raw = _plugins_beside(raw, path.parent)
     parsed = _parse_overrides(overrides)
     # A section before its keys, so that parameters given beside a plugin's name are kept in any order.
     for key, value in sorted(parsed.items(), key=lambda item: _depth(item[0])):
@@ -376,6 +377,18 @@ def load_config(
     except OmegaConfBaseException as error:
         raise ConfigError([Problem("", " ".join(str(error).split()))], source) from None
     return build(typing.cast(dict[str, Any], resolved), source)
+
+
+def _plugins_beside(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """Plugin files that lie beside the config, not in the working directory, are found there."""
+    files = raw.get("plugins")
+    if not isinstance(files, list):
+        return raw
+    found = [
+        str(directory / f) if isinstance(f, str) and not Path(f).exists() and (directory / f).exists() else f
+        for f in files
+    ]
+    return {**raw, "plugins": found}
 
 
 # ------------------------------------------------------------------------------------------- validation

@@ -332,7 +332,7 @@ def _spread(ax: Axes, values: pd.Series[float], malicious: pd.Series[bool]) -> N
     finite = values[np.isfinite(values)]
     if finite.empty:
         return
-    wide = bool((finite > 0).all()) and finite.max() > 1000 * finite.min()
+    wide = bool((finite > 0).all()) and finite.max() > 30 * finite.min()
     low, high = float(finite.min()), float(finite.max())
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -364,7 +364,7 @@ def _spread(ax: Axes, values: pd.Series[float], malicious: pd.Series[bool]) -> N
 
 
 def _few() -> MaxNLocator:
-    return MaxNLocator(4, steps=[1, 2, 5, 10])
+    return MaxNLocator(4, steps=[1, 2, 5, 10], min_n_ticks=3)
 
 
 def _by_age(name: str, tables: Sequence[pd.DataFrame]) -> tuple[NDArray[np.int64], Floats]:

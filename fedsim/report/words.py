@@ -252,7 +252,7 @@ def plain(value: Any) -> str:
         return _cut([f"{without_paths(str(key))}: {plain(item)}" for key, item in value.items()])
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _cut([plain(item) for item in value])
-    return without_paths(str(value))
+    return without_paths(str(value)) or ABSENT
 
 
 def _cut(items: list[str]) -> str:

@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,6 +234,12 @@ class ColumnParameters(Parameters):
     classes: int | None = parameter(None, "number of classes; null: the largest label + 1", ge=2)
 
 
+def _shape_problems(parameters: Any) -> list[Problem]:
+    if parameters.shape is None or len(parameters.shape) == 3:
+        return []
+    return [Problem("shape", f"{parameters.shape} is not [C, H, W]; give channels, height and width")]
+
+
 @dataclass(frozen=True)
 class ParquetParameters(ColumnParameters):
     path: str = parameter(".", "directory of the Parquet files")
@@ -249,14 +255,20 @@ class ParquetDirectory(Dataset):
 
     @classmethod
     def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
+        found = _shape_problems(parameters)
         root = Path(parameters.path).expanduser()
         if not root.is_dir():
-            return [Problem("path", f"there is no directory {parameters.path!r}; give the one that holds the files", True)]
-        return [
-            Problem(key, f"no file in {parameters.path!r} matches {getattr(parameters, key)!r}", True)
-            for key in ("train", "test")
-            if not _matching(root, getattr(parameters, key))
-        ]
+            message = f"there is no directory {parameters.path!r}; give the one that holds the files"
+            return [*found, Problem("path", message, absent=True)]
+        files = {key: _matching(root, getattr(parameters, key)) for key in ("train", "test")}
+        for key, paths in files.items():
+            if not paths:
+                message = f"no file in {parameters.path!r} matches {getattr(parameters, key)!r}"
+                found.append(Problem(key, message, absent=True))
+        both = sorted(set(files["train"]) & set(files["test"]))
+        if both:
+            found.append(Problem("test", f"{both[0].name} is a training file too; give patterns that do not overlap"))
+        return found
 
     def load(self) -> Data:
         train, test = (self._read(getattr(self.parameters, part)) for part in ("train", "test"))
@@ -267,16 +279,17 @@ class ParquetDirectory(Dataset):
         paths = _matching(Path(p.path).expanduser(), pattern)
         if not paths:
             raise InputError(f"task.data: no file in {p.path!r} matches {pattern!r}")
-        parts = [self._read_file(path) for path in paths]
-        users = [e.users for e in parts if e.users is not None]
+        images, labels, owners = zip(*(self._read_file(path) for path in paths), strict=True)
         try:
-            inputs = torch.cat([e.inputs for e in parts])
+            inputs = torch.cat(images)
         except RuntimeError:
-            sizes = ", ".join(f"{path.name} {tuple(e.inputs.shape[1:])}" for path, e in zip(paths, parts, strict=True))
+            sizes = ", ".join(f"{path.name} {tuple(i.shape[1:])}" for path, i in zip(paths, images, strict=True))
             raise InputError(f"task.data: the files hold images of different sizes: {sizes}") from None
-        return Examples(inputs, torch.cat([e.labels for e in parts]), torch.cat(users) if users else None)
+        users = None if p.user is None else _numbered(owners, p.user, ", ".join(path.name for path in paths))
+        return Examples(inputs, torch.cat(labels), users)
 
-    def _read_file(self, path: Path) -> Examples:
+    def _read_file(self, path: Path) -> tuple[Tensor, Tensor, pa.ChunkedArray | None]:
+        """Images, labels, and the owners as the file has them."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -292,7 +305,7 @@ class ParquetDirectory(Dataset):
             raise InputError(f"{path.name} cannot be read as Parquet: {error}") from None
         shape = None if p.shape is None else tuple(p.shape)
         images = decode_images(table[p.image], source=path.name, shape=shape)
-        return Examples(images, _integers(table[p.label], path.name, p.label), _users(table, p.user, path.name))
+        return images, _integers(table[p.label], path.name, p.label), table[p.user] if p.user else None
 
 
 def _matching(root: Path, pattern: str) -> list[Path]:
@@ -311,15 +324,15 @@ def _integers(column: pa.ChunkedArray, source: str, name: str) -> Tensor:
     return torch.from_numpy(column.to_numpy().astype(np.int64))
 
 
-def _users(table: pa.Table, name: str | None, source: str) -> Tensor | None:
+def _numbered(columns: Sequence[pa.ChunkedArray], name: str, source: str) -> Tensor:
+    """The owners of several files, int64 (N,): whole numbers as they are, text by its place in the sorted list."""
     import pyarrow as pa
 
-    if name is None:
-        return None
-    column = table[name]
-    if pa.types.is_integer(column.type):
-        return _integers(column, source, name)
-    text = [str(value) for value in column.to_pylist()]
+    if any(column.null_count for column in columns):
+        raise InputError(f"{source}: column {name!r} must name an owner in every row, some are missing")
+    if all(pa.types.is_integer(column.type) for column in columns):
+        return torch.cat([_integers(column, source, name) for column in columns])
+    text = [str(value) for column in columns for value in column.to_pylist()]
     numbers = {value: i for i, value in enumerate(sorted(set(text)))}
     return torch.tensor([numbers[value] for value in text])
 
@@ -338,6 +351,10 @@ class HuggingFaceHub(Dataset):
     """Images from the Hugging Face Hub, through ``datasets`` (no remote code is run)."""
 
     Parameters = HubParameters
+
+    @classmethod
+    def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
+        return _shape_problems(parameters)
 
     def load(self) -> Data:
         train, test = self._read(self.parameters.train), self._read(self.parameters.test)
@@ -362,4 +379,5 @@ class HuggingFaceHub(Dataset):
         source = f"{p.id}, split {split}"
         shape = None if p.shape is None else tuple(p.shape)
         images = decode_images(table[p.image], source=source, shape=shape)
-        return Examples(images, _integers(table[p.label], source, p.label), _users(table, p.user, source))
+        users = None if p.user is None else _numbered([table[p.user]], p.user, source)
+        return Examples(images, _integers(table[p.label], source, p.label), users)

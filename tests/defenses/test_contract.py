@@ -294,12 +294,6 @@ def problems(name: str, clients: int = 10, **parameters: Any) -> list[str]:
             {"strategy": "Krum", "arguments": {"num_malicious_nodes": 1.5}},
             r"arguments\.num_malicious_nodes: 1.5 is not allowed; use a whole number >= 0",
         ),
-        (
-            "flower",
-            10,
-            {"strategy": "Bulyan", "arguments": {"num_malicious_nodes": 2}},
-            "arguments: Bulyan needs 11 clients a round with these, not 10",
-        ),
     ],
 )
 def test_impossible_parameters(name: str, clients: int, parameters: dict[str, Any], expected: str) -> None:
