@@ -602,15 +602,6 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         combiners += cls.aggregates()
         if cls.aggregates() and combiners > 1:
             problems.append(Problem(f"defense.{i}", "only one stage of a pipeline may bring an aggregation rule"))
-        need = cls.required_clients(stage.parameters)
-        if sized and need > federation.clients_per_round:
-            problems.append(
-                Problem(
-                    f"defense.{i}.name",
-                    f"{stage.name!r} with these parameters needs at least {need} clients a round; "
-                    f"federation.clients_per_round is {federation.clients_per_round}",
-                )
-            )
     for path, kind, name, parameters in _all_plugins(config):
         if _touches(broken, path) or (not sized and kind in _SIZED_KINDS):
             continue
@@ -619,6 +610,19 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         except (OSError, ValueError, RuntimeError) as error:  # a path that no file system takes
             found = [Problem("", f"cannot be checked: {error}")]
         problems += [Problem(_join(path, p.path) if p.path else path, p.message, p.absent) for p in found]
+    refused = broken | {problem.path for problem in problems}
+    for i, stage in enumerate(config.defense):
+        if _touches(refused, f"defense.{i}"):
+            continue  # the method has said more precisely what it needs
+        need = typing.cast(Any, plugins.get("defense", stage.name)).required_clients(stage.parameters)
+        if sized and need > federation.clients_per_round:
+            problems.append(
+                Problem(
+                    f"defense.{i}.name",
+                    f"{stage.name!r} with these parameters needs at least {need} clients a round; "
+                    f"federation.clients_per_round is {federation.clients_per_round}",
+                )
+            )
     return problems
 
 

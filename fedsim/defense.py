@@ -188,6 +188,8 @@ def apply_pipeline(stages: Sequence[Defense], round: RoundUpdates) -> Aggregatio
         if stage.aggregates():
             combiner, combiner_prefix = stage, prefix
         alive, round = _drop_rejected(alive, round)
+        if round.count == 0 and total > 0:
+            break  # everybody is rejected: the model stays
         need = stage.required_clients(stage.parameters)
         if round.count < need:
             raise RunError(
@@ -203,7 +205,8 @@ def apply_pipeline(stages: Sequence[Defense], round: RoundUpdates) -> Aggregatio
             _check(prefix, "accepted", screening.accepted, (round.count,))
             round = replace(round, accepted=round.accepted & screening.accepted)
         updates = stage.transform(round)
-        _check(prefix, "transform", updates, round.updates.shape)
+        if updates is not round.updates:
+            _check(prefix, "transform", updates, round.updates.shape)
         round = replace(round, updates=updates)
     weights = torch.zeros(total, dtype=dtype, device=round.updates.device)
     accepted = torch.zeros(total, dtype=torch.bool, device=round.updates.device)
@@ -248,5 +251,5 @@ def _prefixes(stages: Sequence[Defense]) -> list[str]:
 def _check(stage: str, what: str, value: Tensor, shape: Sequence[int], *, finite: bool = True) -> None:
     if tuple(value.shape) != tuple(shape):
         raise RunError(f"defense {stage!r}: {what} has shape {tuple(value.shape)}, not {tuple(shape)}")
-    if finite and not bool(torch.isfinite(value).all()):
+    if finite and value.numel() > 0 and not all(bool(torch.isfinite(end)) for end in torch.aminmax(value)):
         raise RunError(f"defense {stage!r}: {what} is not finite")

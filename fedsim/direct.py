@@ -53,7 +53,7 @@ def aggregate(
     """
     if updates.ndim != 2 or not updates.is_floating_point():
         raise ValueError(f"updates must be a floating-point matrix (N, D), not {tuple(updates.shape)}")
-    if not bool(torch.isfinite(updates).all()):
+    if updates.numel() > 0 and not all(bool(torch.isfinite(end)) for end in torch.aminmax(updates)):
         raise ValueError("updates must be finite")
     n, d = updates.shape
     examples = torch.ones(n) if num_examples is None else torch.as_tensor(num_examples)

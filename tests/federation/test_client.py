@@ -158,7 +158,7 @@ def test_an_honest_client_trains_on_its_own_examples(runtime_of: Callable[..., C
     assert torch.allclose(vector(reply), model.vector, atol=1e-6)
     metrics = reply.metric_records["metrics"]
     assert metrics["num-examples"] == len(own)
-    assert metrics["train-loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert metrics["train-loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     assert float(metrics["seconds"]) > 0
     assert set(reply) == {"arrays", "metrics"}
 

@@ -109,7 +109,7 @@ def test_natural_leaves_out_small_owners():
     users = torch.tensor([0] * 5 + [1] * 3 + [2] * 2 + [3])
     data = Examples(torch.zeros(11, 1, 2, 2), torch.zeros(11, dtype=torch.int64), users)
     assert [len(part) for part in split("natural", data, 3, min_examples=2)] == [5, 3, 2]
-    with pytest.raises(InputError, match="there are 2 owners with at least 3 examples; federation.clients is 3"):
+    with pytest.raises(InputError, match=r"there are 2 owners with at least 3 examples; federation\.clients is 3"):
         split("natural", data, 3, min_examples=3)
 
 

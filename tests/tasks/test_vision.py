@@ -52,7 +52,7 @@ def test_crop_and_flip_reaches_every_offset_and_flips_half():
     made = crop_and_flip(image, torch.Generator().manual_seed(0))
     places = {(int(r), int(c)) for _, _, r, c in made.nonzero().tolist()}
     straight = {(4 + dr, 2 + dc) for dr in range(-4, 5) for dc in range(-4, 5)}
-    expected = {(r, x) for r, c in straight for x in (c, 8 - c) if 0 <= r < 9 and 0 <= x < 9 and 0 <= c}
+    expected = {(r, x) for r, c in straight for x in (c, 8 - c) if 0 <= r < 9 and 0 <= x < 9 and c >= 0}
     assert places == expected
     unmoved = crop_and_flip(image, torch.Generator().manual_seed(0), padding=0)
     assert 0.45 < float(unmoved[:, 0, 4, 6].mean()) < 0.55
