@@ -251,7 +251,7 @@ GOOD = encoded_with(png(pictures(1, 3, 3)[0]))
     [
         (encoded_with(b"no image at all"), r"train\.parquet, row 2: the image cannot be decoded"),
         (encoded_with(b""), r"train\.parquet, row 2: the image cannot be decoded"),
-        (encoded_with(png(pictures(1, 3, 3)[0])[:-20]), r"train\.parquet, row 2: the image cannot be decoded"),
+        (encoded_with(png(pictures(1, 3, 3)[0])[:-30]), r"train\.parquet, row 2: the image cannot be decoded"),
         (encoded_with(None, at=1), r"train\.parquet, row 1: there is no image"),
         (encoded_with(png(pictures(1, 4, 3)[0])), r"row 2: the image is \(1, 4, 3\), the first one \(1, 3, 3\)"),
         (encoded_with(png(pictures(1, 3, 3, 3)[0])), r"row 2: the image is \(3, 3, 3\), the first one \(1, 3, 3\)"),
