@@ -98,6 +98,7 @@ class FlatModel:
         dtype = next(module.parameters()).dtype
         self.vector = torch.empty(self.layout.size, dtype=dtype, device=device)
         self.gradient = torch.zeros(self.layout.trainable, dtype=dtype, device=device)
+        self._sgd: torch.optim.SGD | None = None
         tensors: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         for entry in self.layout.entries:
             tensor = tensors[entry.name]
@@ -117,6 +118,16 @@ class FlatModel:
     def weights(self) -> Tensor:
         """(T,) the trainable part of the vector, as a view."""
         return self.vector[: self.layout.trainable]
+
+    def sgd(self, lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> torch.optim.SGD:
+        """A fresh SGD optimiser of the weights; there is one per model, made once (that costs more than a step)."""
+        if self._sgd is None:
+            parameter = self.weights.detach().requires_grad_()
+            parameter.grad = self.gradient
+            self._sgd = torch.optim.SGD([parameter], lr=lr)
+        self._sgd.state.clear()
+        self._sgd.param_groups[0].update(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        return self._sgd
 
     def load(self, vector: Tensor) -> None:
         """Take over ``vector`` (D,); whatever else the module holds (counters) is as it was at the beginning.

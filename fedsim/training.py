@@ -53,11 +53,7 @@ def fit(
     """
     module = model.module
     module.train()
-    weights = model.weights.detach().requires_grad_()
-    weights.grad = model.gradient
-    optimiser = torch.optim.SGD(
-        [weights], lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
+    optimiser = model.sgd(settings.lr, settings.momentum, settings.weight_decay)
     autocast: contextlib.AbstractContextManager[object] = (
         torch.autocast(model.device.type, dtype=torch.bfloat16) if settings.amp else contextlib.nullcontext()
     )

@@ -99,7 +99,7 @@ class ClientRuntime:
         global_vector = to_vector(content.array_records["arrays"]).to(self.device)
         self.model.load(global_vector)
         seed = self.config.seed
-        torch.manual_seed(streams.derive(seed, "torch", round, client))  # dropout
+        _seed_torch(streams.derive(seed, "torch", round, client), self.device)
         generator = streams.generator(seed, "client", round, client)
         batches = self.batches(client, generator)
         reply = RecordDict()
@@ -182,6 +182,13 @@ class ClientRuntime:
         self.model.module.train()
         self.model.load(kept)
         return float(right.double().mean())
+
+
+def _seed_torch(seed: int, device: torch.device) -> None:
+    """Seed the generator that dropout draws from (``torch.manual_seed`` formats a stack trace for every absent GPU)."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def client_app(runtime: Callable[[Context], ClientRuntime]) -> ClientApp:

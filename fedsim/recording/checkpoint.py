@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -35,7 +36,10 @@ def save(directory: Path, checkpoint: Checkpoint, config_hash: str) -> None:
     directory.mkdir(exist_ok=True)
     stem = _stem(checkpoint.round)
     tensors, text = split_state(checkpoint.state)
-    raw = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    # copies, since safetensors refuses tensors that share memory (views of the model, say)
+    raw = safetensors.torch.save(
+        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    )
     write_atomic(directory / f"{stem}.safetensors", lambda path: path.write_bytes(raw))
     described = {
         "round": checkpoint.round,

@@ -152,7 +152,8 @@ class Tables:
         (self.directory / JOURNAL).unlink(missing_ok=True)
 
     def _take(self, entry: dict[str, Any]) -> None:
-        one, clients, timings = entry["round"], entry["clients"], entry["timings"]
+        one, timings = entry["round"], entry["timings"]
+        clients = [{**row, "scores": list(map(tuple, row["scores"]))} for row in entry["clients"]]  # JSON has lists
         self.rounds.append(one)
         self.clients += clients
         self.timings.append(timings)

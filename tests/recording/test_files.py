@@ -94,7 +94,7 @@ def test_a_full_disk_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="gone/a.txt could not be written: No such file or directory"):
+    with pytest.raises(RunError, match=r"gone/a\.txt could not be written: No such file or directory"):
         write_text(tmp_path / "gone" / "a.txt", "x")
 
 
