@@ -94,10 +94,7 @@ class Anticipate(Attack):
         if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(model.device)
         model.module.train()
-        weights = model.weights.detach().requires_grad_()
-        optimiser = torch.optim.SGD(
-            [weights], lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
+        optimiser = model.sgd(settings.lr, settings.momentum, settings.weight_decay)
         future = _Future(self.parameters, context)
         meter = SavedBytes()
         step = epoch = 0
@@ -107,7 +104,7 @@ class Anticipate(Attack):
                 if settings.steps is not None and step >= settings.steps:
                     break
                 with meter.watch() if step == 0 else contextlib.nullcontext():
-                    weights.grad = future.gradient(weights, self.poison(batch, context))
+                    model.gradient.copy_(future.gradient(model.weights, self.poison(batch, context)))
                 optimiser.step()
                 step += 1
             if step == before:

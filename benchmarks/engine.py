@@ -214,7 +214,8 @@ def main() -> None:
         result[name] = {measure: round(statistics.median(values), 5) for measure, values in seconds.items()}
         r = result[name]
         print(
-            f"{name}: ray_grid {r['ray_grid']:.4f}, run_simulation {r['run_simulation']:.4f}, floor {r['training_floor']:.4f} s/round"
+            f"{name}: ray_grid {r['ray_grid']:.4f}, run_simulation {r['run_simulation']:.4f}, "
+            f"floor {r['training_floor']:.4f} s/round"
         )
         print(
             f"{name}: Ray Grid is {r['ray_grid'] / r['training_floor']:.3f} x the floor, "

@@ -14,6 +14,7 @@ float32, with bf16 autocast and channels-last, and for Anticipate with gradient 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -118,7 +119,7 @@ def rounds(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     play(strategy, InProcessGrid(client_app(lambda context: runtime), config.federation.clients))
-    spans = [b["at"] - a["at"] for a, b in zip(marks, marks[1:], strict=False)]
+    spans = [b["at"] - a["at"] for a, b in itertools.pairwise(marks)]
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     seconds = statistics.median(spans)
     evaluated = statistics.median(mark["evaluate"] for mark in marks[1:])

@@ -36,6 +36,7 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+_INTERRUPTED = 130
 LISTS = {
     "attacks": "attack",
     "defenses": "defense",
@@ -209,21 +210,21 @@ def _guarded(call: Callable[..., Any]) -> int:
         _complain(error)
         return error.exit_status
     except KeyboardInterrupt:
-        err.print("interrupted; continue with the same command and --out DIR --resume")
-        return 130
+        status = _INTERRUPTED
     except Exception as error:
         import click
 
-        if isinstance(error, click.exceptions.Abort):
-            err.print("interrupted; continue with the same command and --out DIR --resume")
-            return 130
         if isinstance(error, click.ClickException):
             error.show()
             return error.exit_code
         if isinstance(error, MemoryError):
             err.print("error: out of memory; use fewer engine.workers or a smaller batch")
             return 1
-        raise
+        if not isinstance(error, click.exceptions.Abort):
+            raise
+        status = _INTERRUPTED
+    if status == _INTERRUPTED:  # Ctrl-C: typer itself makes this status of it
+        err.print("interrupted; continue with the same command and --out DIR --resume")
     return status if isinstance(status, int) else 0
 
 

@@ -246,11 +246,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _read_with_parents(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    path = path.resolve()
+    given, path = path, path.resolve()
     if path in seen:
         chain = " → ".join(p.name for p in (*seen, path))
         raise ConfigError([Problem("defaults", f"the configs inherit from each other in a circle: {chain}")])
-    own = _read(path)
+    own = _plugins_beside(_read(given), given.parent)
     parents = own.pop("defaults", None)
     parents = [] if parents is None else [parents] if isinstance(parents, str) else parents
     if not isinstance(parents, list) or not all(isinstance(p, str) for p in parents):
@@ -366,7 +366,6 @@ def load_config(
     else:
         path = find(path_or_name)
         source, raw, stem = str(path_or_name), _read_with_parents(path), path.stem
-        raw = _plugins_beside(raw, path.parent)
     parsed = _parse_overrides(overrides)
     # A section before its keys, so that parameters given beside a plugin's name are kept in any order.
     for key, value in sorted(parsed.items(), key=lambda item: _depth(item[0])):
@@ -384,11 +383,14 @@ def _plugins_beside(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
     files = raw.get("plugins")
     if not isinstance(files, list):
         return raw
-    found = [
-        str(directory / f) if isinstance(f, str) and not Path(f).exists() and (directory / f).exists() else f
-        for f in files
-    ]
-    return {**raw, "plugins": found}
+
+    def found(file: Any) -> Any:
+        with contextlib.suppress(OSError, ValueError):  # a name no file system takes
+            if isinstance(file, str) and not Path(file).exists() and (directory / file).exists():
+                return str(directory / file)
+        return file
+
+    return {**raw, "plugins": [found(file) for file in files]}
 
 
 # ------------------------------------------------------------------------------------------- validation

@@ -144,8 +144,10 @@ def run(
     if problems:
         raise ConfigError(problems)
     directory = Path(out) if out is not None else _new_directory(config)
+    progress = progress or Silent()
     with _locked(directory, resume), _one_thread():
-        return _Experiment(config, rounds, directory, progress or Silent()).play(
+        progress.say(f"run directory: {directory}")
+        return _Experiment(config, rounds, directory, progress).play(
             config.evaluation.twin if twin is None else twin, resume
         )
 

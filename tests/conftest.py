@@ -21,6 +21,7 @@ with warnings.catch_warnings():  # Flower imports typer, which touches a depreca
     warnings.simplefilter("ignore", DeprecationWarning)
     import flwr.serverapp.strategy  # noqa: F401
 
+from fedsim import plugins
 from fedsim.config import load_config
 from fedsim.experiment import Run, run
 
@@ -76,6 +77,14 @@ def tiny_file(tmp_path: Path) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished tiny run with its clean twin, to look at and not to touch."""
     return run(load_config(TINY), out=tmp_path_factory.mktemp("finished") / "run", twin=True)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plugins that a test registers are gone afterwards."""
+    plugins.load()
+    monkeypatch.setattr(plugins, "_registry", {kind: dict(known) for kind, known in plugins._registry.items()})
+    monkeypatch.setattr(plugins, "_loaded", set(plugins._loaded))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import subprocess
 import sys
@@ -41,12 +42,7 @@ class Mine(Attack):
 '''
 
 
-@pytest.fixture(autouse=True)
-def _registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone afterwards."""
-    plugins.load()
-    monkeypatch.setattr(plugins, "_registry", {kind: dict(known) for kind, known in plugins._registry.items()})
-    monkeypatch.setattr(plugins, "_loaded", set(plugins._loaded))
+pytestmark = pytest.mark.usefixtures("own_registry")
 
 
 @pytest.fixture
@@ -147,12 +143,12 @@ RULES = st.fixed_dictionaries(
 )
 
 
-@given(RULES, st.floats() | st.integers(-7, 7))
+@given(RULES, st.floats() | st.integers(-7, 7) | st.integers(-(2**70), 2**70))
 def test_a_range_is_what_its_rules_say(rules, value):
     field = make_field(**rules)
     tests = {"ge": value >= rules.get("ge", 0), "gt": value > rules.get("gt", 0)}
     tests |= {"le": value <= rules.get("le", 0), "lt": value < rules.get("lt", 0)}
-    inside = abs(value) < 2**63 and all(tests[rule] for rule in rules)
+    inside = abs(value) < (2**63 if isinstance(value, int) else math.inf) and all(tests[rule] for rule in rules)
     assert (range_problem(field, value) is None) == inside
     assert (range_problem(field, [0, value] if range_problem(field, 0) is None else [value]) is None) == inside
 
@@ -198,8 +194,30 @@ def test_a_file_of_mine_is_found_by_its_name(write):
     assert config.attack.parameters.strength == 0.25
     assert config.plugins == [str(path)]
     assert load_config(config.to_dict()) == config  # loading it again changes nothing
-    with pytest.raises(ConfigError, match="strength: 2.0 is out of range"):
+    with pytest.raises(ConfigError, match=r"strength: 2\.0 is out of range"):
         load_config({"plugins": [str(path)], "attack": {"name": "mine", "strength": 2}})
+
+
+def test_a_file_beside_the_config_or_its_parent_is_found(write, tmp_path, monkeypatch):
+    write(GOOD.format(name="beside_child"), "configs/child.py")
+    write(GOOD.format(name="beside_parent"), "configs/common/parent.py")
+    write("plugins: [parent.py]\nattack: beside_parent\n", "configs/common/parent.yaml")
+    write("defaults: common/parent.yaml\n", "configs/heir.yaml")
+    write("plugins: [child.py]\nattack: beside_child\n", "configs/child.yaml")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for file, name in (("child", "beside_child"), ("heir", "beside_parent"), ("common/parent", "beside_parent")):
+        config = load_config(Path("..") / "configs" / f"{file}.yaml")
+        assert config.attack is not None
+        assert config.attack.name == name
+        assert load_config(config.to_dict()) == config
+    write(GOOD.format(name="in_working_directory"), "elsewhere/child.py")
+    del plugins._registry["attack"]["beside_child"]
+    with pytest.raises(ConfigError, match="no attack is called 'beside_child'"):
+        load_config(tmp_path / "configs" / "child.yaml")
+    write(f"plugins: ['{'x' * 5000}', \"a\\0b\"]\n", "configs/odd.yaml")
+    with pytest.raises(ConfigError, match=r"no such file|is no path"):
+        load_config(tmp_path / "configs" / "odd.yaml")
 
 
 def test_two_files_of_one_stem_are_two_modules(write):

@@ -24,7 +24,7 @@ Scene = Callable[..., dict[str, Any]]
 MakeContext = Callable[..., AttackContext]
 
 
-def attack(scene: dict[str, Any], name: str, **options: Any) -> LocalAttack:
+def attack(scene: dict[str, Any], name: str | Attack, **options: Any) -> LocalAttack:
     return local_attack(name, **{**scene, "lr": 0.1, "momentum": 0.9, **options})
 
 
@@ -461,6 +461,33 @@ def test_pgd_stays_in_the_ball(scene: Scene) -> None:
     assert float(update[:trainable].norm()) == pytest.approx(0.2)
     update = attack(given_scene, "pgd", eps=0.001, norm="linf").update
     assert float(update[:trainable].abs().max()) <= 0.001 + 1e-12
+
+
+def test_pgd_linf_has_a_learning_rate_of_its_own(scene: Scene) -> None:
+    options: list[dict[str, float]] = [{"lr": 0.1, "momentum": 0.0}, {"lr": 5.0, "momentum": 0.9, "weight_decay": 0.1}]
+    first, second = (attack(scene(), "pgd", norm="linf", **option).update for option in options)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("frequency", "projected"), [(1, "0123"), (2, "023"), (3, "03"), (10, "03")])
+def test_pgd_projects_when_told(scene: Scene, frequency: int, projected: str) -> None:
+    """The ball's surface is where each projected step ends; the four batches are numbered from 0."""
+    given_scene = scene()
+    method = plugins.create("attack", "pgd", eps=0.001, frequency=frequency)
+    starts: list[Tensor] = []
+
+    class Spy(type(method)):  # type: ignore[misc]
+        """Notes where each step starts."""
+
+        def poison(self, batch: Batch, context: AttackContext) -> Batch:
+            starts.append(context.model.weights - context.global_vector)
+            poisoned: Batch = super().poison(batch, context)
+            return poisoned
+
+    final = attack(given_scene, Spy(method.parameters)).update
+    ends = [*starts[1:], final]
+    on_surface = [str(i) for i, end in enumerate(ends) if float(end.norm()) == pytest.approx(0.001)]
+    assert "".join(on_surface) == projected
 
 
 def test_pgd_radius_decays_with_the_round(scene: Scene) -> None:

@@ -1,0 +1,216 @@
+"""How long backdoors live, measured: the studies behind ``docs/results``.
+
+    FEDSIM_DATA=DIRECTORY python benchmarks/study.py attacks --out runs/attacks [--seeds 0 1 2] [--jobs 2]
+    python benchmarks/study.py map --out runs/map [--seeds 0 1] [--jobs 2]
+
+``attacks`` compares plain poisoning, Neurotoxin, Anticipate and Anticipate with the server simulated, on MNIST split by
+writer, under norm clipping at several bounds S. ``map`` varies what anticipation may depend on, one thing at a time,
+on the embedded digits. Every cell is an ordinary run directory; a study that was stopped goes on where it was.
+
+It writes ``results.json`` (one entry a run), ``table.md`` and the figures into ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SMALL = {"name": "cnn", "channels": 8, "hidden": 32}
+QUIET = {"engine.name": "serial", "output.report": False, "output.checkpoint_every": 50}
+ATTACKS: dict[str, dict[str, Any]] = {
+    "plain": {"attack": {"name": "data_poisoning"}},
+    "Neurotoxin": {"attack": {"name": "neurotoxin"}},
+    "Anticipate": {"attack": {"name": "anticipate", "k": 5}},
+    "Anticipate, server simulated": {"attack": {"name": "anticipate", "k": 5}},
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: which row of the table it belongs to, and the config's overrides."""
+
+    study: str
+    row: str
+    label: str
+    seed: int
+    config: str
+    overrides: tuple[tuple[str, Any], ...]
+
+    @property
+    def directory(self) -> str:
+        text = f"{self.row}-{self.label}-seed{self.seed}"
+        return "".join(c if c.isalnum() or c in "-." else "_" for c in text)
+
+
+def server_simulated(bound: float, clients: int) -> dict[str, Any]:
+    """Anticipate's simulation told of the attacker's boost and the server's clip."""
+    return {"attack.simulate_boost": float(clients), "attack.simulate_clip": bound}
+
+
+def attacks(seeds: Iterable[int], bounds: Iterable[float]) -> list[Cell]:
+    """Attack × bound × seed on MNIST by writer."""
+    cells = []
+    for bound, (label, chosen), seed in itertools.product(bounds, ATTACKS.items(), seeds):
+        overrides = {**QUIET, **chosen, "seed": seed, "defense.0.bound": bound, "task.model": SMALL}
+        if "server" in label:
+            overrides |= server_simulated(bound, 10)
+        cells.append(
+            Cell("attacks", f"S = {bound:g}", label, seed, "mnist_writers_anticipate", tuple(overrides.items()))
+        )
+    return cells
+
+
+def anticipation_map(seeds: Iterable[int]) -> list[Cell]:
+    """One thing at a time around a centre, three attacks each."""
+    centre: dict[str, Any] = {
+        "federation.rounds": 110,
+        "attack.schedule": {"name": "random_rounds", "count": 30, "start": 20, "stop": 60},
+        "task.model": SMALL,
+        "training.lr": 0.05,
+        "defense.0.bound": 5.0,
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "centre (k 5, S 5, 30 of 41 rounds)": {},
+        "S = 3": {"defense.0.bound": 3.0},
+        "S = 4": {"defense.0.bound": 4.0},
+        "S = 8": {"defense.0.bound": 8.0},
+        "k = 1": {"attack.k": 1},
+        "k = 2": {"attack.k": 2},
+        "k = 9": {"attack.k": 9},
+        "attacker lr × 1/5": {"attack.lr": 0.01},
+        "attacker epochs 6": {"attack.local_epochs": 6},
+        "10 of 41 rounds": {"attack.schedule.count": 10},
+        "41 of 41 rounds": {"attack.schedule.count": 41},
+        "logistic regression": {"task.model": {"name": "logistic"}},
+        "LeNet-5": {"task.model": {"name": "lenet5"}},
+        "wider CNN (16, 64)": {"task.model": {"name": "cnn"}},
+    }
+    cells = []
+    for (row, change), (label, chosen), seed in itertools.product(changes.items(), ATTACKS.items(), seeds):
+        if label == "Neurotoxin" or (row.startswith("k = ") and label == "plain"):
+            continue
+        own = {key: value for key, value in change.items() if key != "attack.k" or "Anticipate" in label}
+        overrides = {**QUIET, **centre, **chosen, **own, "seed": seed}
+        if "server" in label:
+            overrides |= server_simulated(float(overrides["defense.0.bound"]), 10)
+        cells.append(Cell("map", row, label, seed, "quickstart", tuple(overrides.items())))
+    return cells
+
+
+def play(cell: Cell, out: str) -> dict[str, Any]:
+    """Run one cell (or read what is there) and say what came out."""
+    import fedsim
+
+    directory = Path(out) / cell.directory
+    started = time.perf_counter()
+    run = fedsim.run(fedsim.load_config(cell.config, dict(cell.overrides)), out=directory, resume=directory.exists())
+    after = run.rounds[run.rounds["round"] > run.summary["t0"]]
+    ages = after["round"] - run.summary["t0"]
+    span = run.summary["lifespan"]["0.5"]
+    return {
+        "row": cell.row,
+        "label": cell.label,
+        "seed": cell.seed,
+        "directory": cell.directory,
+        "t0": run.summary["t0"],
+        "asr_at_t0": float(run.rounds.loc[run.rounds["round"] == run.summary["t0"], "asr"].iloc[0]),
+        "area_50": float(after.loc[ages <= 50, "asr"].mean()),
+        "area": float(after["asr"].mean()),
+        "rounds_after": int(ages.max()),
+        "lifespan": span["rounds"],
+        "censored": span["censored"],
+        "final_asr": run.summary["final"]["asr"],
+        "final_accuracy": run.summary["final"]["main_accuracy"],
+        "seconds": float(run.timings["seconds_total"].sum()),
+        "wall": time.perf_counter() - started,
+    }
+
+
+def interval(values: list[float], draws: int = 10000) -> tuple[float, float, float]:
+    """Median and its 95 % bootstrap interval over seeds."""
+    rng = np.random.default_rng(0)
+    medians = np.median(rng.choice(np.array(values), (draws, len(values))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return float(np.median(values)), float(low), float(high)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table, one row a setting and attack."""
+    lines = [
+        "| setting | attack | ASR at t0 | mean ASR, ages 1–50 | lifespan (κ = 50 %) | final ASR | main accuracy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    keys = list(dict.fromkeys((r["row"], r["label"]) for r in results))
+    for row, label in keys:
+        group = sorted((r for r in results if (r["row"], r["label"]) == (row, label)), key=lambda r: r["seed"])
+        start, area, final = (interval([r[k] for r in group]) for k in ("asr_at_t0", "area_50", "final_asr"))
+        spans = ", ".join(f"> {r['rounds_after']}" if r["censored"] else str(r["lifespan"]) for r in group)
+        accuracy = statistics.median(r["final_accuracy"] for r in group)
+        lines.append(
+            f"| {row} | {label} | {start[0]:.2f} | {area[0]:.2f} [{area[1]:.2f}, {area[2]:.2f}] | {spans} "
+            f"| {final[0]:.2f} [{final[1]:.2f}, {final[2]:.2f}] | {accuracy:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def figures(results: list[dict[str, Any]], out: Path) -> None:
+    """ASR by age, one figure a setting: the median over seeds and the range."""
+    import pandas as pd
+
+    from fedsim.report import drawing
+    from fedsim.report.figures import compare
+
+    for row in dict.fromkeys(r["row"] for r in results):
+        curves: dict[str, list[Any]] = {}
+        for r in (r for r in results if r["row"] == row):
+            curves.setdefault(r["label"], []).append(pd.read_parquet(out / r["directory"] / "rounds.parquet"))
+        stem = "".join(c if c.isalnum() else "_" for c in f"asr {row}".lower())
+        drawing.save(compare(curves, title=row), out, stem)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=("attacks", "map"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--bounds", type=float, nargs="+", default=[2.0, 3.0, 4.0], help="attacks: clipping bounds S")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    given = parser.parse_args()
+    cells = attacks(given.seeds, given.bounds) if given.study == "attacks" else anticipation_map(given.seeds)
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = []
+    started = time.perf_counter()
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(play, cell, str(given.out)): cell for cell in cells}
+        for done in as_completed(waiting):
+            made = done.result()
+            results.append(made)
+            left = (time.perf_counter() - started) / len(results) * (len(cells) - len(results))
+            span = f"> {made['rounds_after']}" if made["censored"] else made["lifespan"]
+            print(
+                f"{len(results)}/{len(cells)} {made['row']} | {made['label']} | seed {made['seed']}: lifespan {span}, "
+                f"area {made['area_50']:.2f}, {made['wall']:.0f} s; {left / 60:.0f} min left",
+                flush=True,
+            )
+    order = {(cell.row, cell.label, cell.seed): i for i, cell in enumerate(cells)}
+    results.sort(key=lambda r: order[(r["row"], r["label"], r["seed"])])
+    (given.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (given.out / "table.md").write_text(table(results), encoding="utf-8")
+    if given.study == "attacks":
+        figures(results, given.out)
+    print((given.out / "table.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
