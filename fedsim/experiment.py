@@ -370,7 +370,8 @@ class _Experiment:
             raise
         if not honest:
             named = {n: t.cpu().contiguous() for n, t in self.layout.unflatten(strategy.global_vector).items()}
-            write_atomic(directory / "model.safetensors", lambda path: safetensors.torch.save_file(named, path))
+            raw = safetensors.torch.save(named)
+            write_atomic(directory / "model.safetensors", lambda path: path.write_bytes(raw))
         tables.finish()
 
     def _restore(self, strategy: FederatedStrategy, tables: Tables) -> None:

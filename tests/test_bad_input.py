@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -18,8 +19,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from fedsim.errors import InputError
 from fedsim.experiment import Run
+from fedsim.federation import grids
 
 pytestmark = pytest.mark.usefixtures("own_registry")
 
@@ -246,6 +250,50 @@ def test_all_rejected_keeps_the_model(cli, tmp_path, write):
     assert rounds["main_accuracy"].iloc[0] != rounds["main_accuracy"].iloc[1]
 
 
+def arrays(vector: Any) -> ArrayRecord:
+    return ArrayRecord({"model": Array(np.asarray(vector))})
+
+
+REPLIES: dict[str, tuple[Callable[[RecordDict], Any], str]] = {
+    "shorter": (lambda r: r.__setitem__("arrays", arrays(np.zeros(7, np.float32))), "shape (7,), the model has (650,)"),
+    "a matrix": (lambda r: r.__setitem__("arrays", arrays(np.zeros((650, 1), np.float32))), "shape (650, 1)"),
+    "whole numbers": (lambda r: r.__setitem__("arrays", arrays(np.zeros(650, np.int64))), "the array holds int64"),
+    "no arrays": (lambda r: r.__delitem__("arrays"), "unusable reply"),
+    "another name": (
+        lambda r: r.__setitem__("arrays", ArrayRecord({"weights": Array(np.zeros(650, np.float32))})),
+        "expected one array named 'model'",
+    ),
+    "no metrics": (lambda r: r.__delitem__("metrics"), "unusable reply"),
+    "no examples": (lambda r: r["metrics"].__setitem__("num-examples", 0), "a number of examples of 0"),
+    "half an example": (lambda r: r["metrics"].__setitem__("num-examples", 0.5), "a number of examples of 0.5"),
+}
+
+
+@pytest.mark.parametrize("kind", REPLIES)
+def test_a_reply_that_cannot_be_used_is_rejected_and_the_round_goes_on(cli, tmp_path, write, monkeypatch, kind):
+    spoil, said = REPLIES[kind]
+    call = grids.call
+    spoilt: list[int] = []
+
+    def spoiling(app: Any, message: Message, nodes: int) -> Message:
+        reply, order = call(app, message, nodes), message.content.config_records["config"]
+        if order["round"] == 2 and not spoilt:
+            spoilt.append(int(order["client"]))
+            spoil(reply.content)
+        return reply
+
+    monkeypatch.setattr(grids, "call", spoiling)
+    done = cli("run", write(attack=None), "--out", tmp_path / "run")
+    assert done.status == 0, done.text
+    assert f"round 2: client {spoilt[0]} rejected: " in done.text
+    clients = pd.read_parquet(tmp_path / "run" / "clients.parquet")
+    rejected = clients[clients["status"] != "ok"]
+    assert rejected[["round", "client", "status"]].values.tolist() == [[2, spoilt[0], "rejected"]]
+    assert said in rejected["reason"].iloc[0]
+    assert clients.groupby("round")["weight"].sum().tolist() == pytest.approx([1.0] * 6)
+    assert len(pd.read_parquet(tmp_path / "run" / "rounds.parquet")) == 6
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -460,8 +508,6 @@ def test_a_damaged_config_of_a_run(cli, tmp_path, write, monkeypatch):
 
 
 def test_a_directory_in_use(cli, tmp_path, write):
-    import fcntl
-
     out = tmp_path / "run"
     out.mkdir()
     with (out / ".lock").open("w") as lock:
@@ -473,7 +519,5 @@ def test_a_directory_in_use(cli, tmp_path, write):
 
 
 def test_a_directory_without_a_finished_run(tmp_path):
-    from fedsim.errors import InputError
-
     with pytest.raises(InputError, match=r"holds no finished run \(no summary.json\)"):
         Run.open(tmp_path)

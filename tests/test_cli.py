@@ -25,7 +25,7 @@ from fedsim import plugins
 from fedsim.batch import Examples
 from fedsim.config import Config, load_config, render_base
 from fedsim.errors import RunError
-from fedsim.experiment import Run
+from fedsim.experiment import Run, Silent, run
 from fedsim.federation.client import initial_module
 from fedsim.federation.evaluation import Measurement
 from fedsim.federation.strategy import ClientRecord, RoundRecord
@@ -552,6 +552,24 @@ def test_a_mistake_of_ours_is_not_hidden(cli, tiny_file, tmp_path, monkeypatch):
     monkeypatch.setattr("fedsim.experiment.play", fail)
     with pytest.raises(Stop):
         cli("run", tiny_file, "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RunError("it failed")])
+def test_tables_are_written_when_a_long_run_ends_early(tmp_path, tiny, monkeypatch, error):
+    """Long runs rewrite their tables now and then only."""
+    monkeypatch.setattr("fedsim.recording.tables._ROWS_PER_REWRITE", 1)
+
+    class Impatient(Silent):
+        def round(self, record: RoundRecord) -> None:
+            if record.round == 5:
+                assert not (tmp_path / "run" / "rounds.parquet").exists()
+                raise error
+
+    tiny["federation"]["rounds"] = 20
+    with pytest.raises(type(error)):
+        run(load_config(tiny), out=tmp_path / "run", progress=Impatient())
+    assert pd.read_parquet(tmp_path / "run" / "rounds.parquet")["round"].tolist() == [1, 2, 3, 4, 5]
+    assert len(pd.read_parquet(tmp_path / "run" / "clients.parquet")) == 20
 
 
 @pytest.mark.slow

@@ -539,6 +539,10 @@ def test_impossible_together(raw, where):
     assert where in problems(raw)
 
 
+def test_everybody_may_take_part_in_every_round():
+    assert load_config({"federation": {"clients": 10, "clients_per_round": 10}})
+
+
 def test_a_defense_that_needs_more_clients_than_take_part():
     found = problems({"federation": {"clients_per_round": 2}, "defense": ["fedavg", "krum"]})
     assert "needs at least 3 clients" in found["defense.1.name"]
@@ -564,6 +568,10 @@ def test_wrong_sizes_do_not_hide_the_rest_and_conclude_nothing():
         {"federation": {"rounds": "x"}, "engine": {"workers": "y"}, "task": {"name": "z"}, "defense": "krum"}
     )
     assert found.keys() == {"federation.rounds", "engine.workers", "task.name"}
+    late = {"schedule": {"name": "continuous", "start": 500}}
+    assert problems({"federation": {"rounds": "x"}, "attack": late}).keys() == {"federation.rounds"}
+    sizes = {"clients": "x", "clients_per_round": 500}
+    assert problems({"federation": sizes, "defense": {"name": "krum", "f": 400}}).keys() == {"federation.clients"}
 
 
 def test_nothing_is_loaded_before_the_config_is_right(monkeypatch):

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedsim import plugins
@@ -143,6 +143,10 @@ RULES = st.fixed_dictionaries(
 )
 
 
+@example({}, 2**63)
+@example({}, 2**63 - 1)
+@example({}, float("inf"))
+@example({"ge": 0}, float("nan"))
 @given(RULES, st.floats() | st.integers(-7, 7) | st.integers(-(2**70), 2**70))
 def test_a_range_is_what_its_rules_say(rules, value):
     field = make_field(**rules)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -490,6 +491,32 @@ def test_an_interrupted_run_leaves_readable_tables_and_goes_on(
     assert not (tmp_path / "run" / ".lock").exists()
     with pytest.raises(InputError, match="holds no finished run"):
         Run.open(tmp_path / "run")
+    server.play(tmp_path / "run", resume=True)
+    assert_same(tmp_path / "run", whole)
+
+
+class Filling(Silent):
+    """Some time after round 2, one file meets a full disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.link = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def round(self, record: RoundRecord) -> None:
+        if record.round == 2 and not self.link.is_symlink():
+            self.link.symlink_to("/dev/full")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize(
+    "name", ["clients.parquet", "checkpoints/round-000004.safetensors", "model.safetensors", "summary.json"]
+)
+def test_a_run_stopped_by_a_full_disk_goes_on_when_there_is_room(
+    server: Server, whole: Path, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "run" / name
+    with pytest.raises(RunError, match=f"^the disk is full: {path.name} could not be written; free some room"):
+        run(load_config(CONFIG), out=tmp_path / "run", twin=True, progress=Filling(path))
+    assert not list((tmp_path / "run").rglob(".*"))
     server.play(tmp_path / "run", resume=True)
     assert_same(tmp_path / "run", whole)
 

@@ -434,18 +434,24 @@ def test_backdoor_accuracy_is_measured_on_the_global_model(
         assert context.model.module.training
 
     runtime = runtime_of(method=Curious(measure))
-    start = runtime_start(runtime)
-    play(runtime, 3, malicious=True)
+    start = torch.randn(runtime.model.layout.size, generator=torch.Generator().manual_seed(1))
+    start[-10 + TARGET] = 9.0  # the last entries are the biases
+    play(runtime, 3, malicious=True, start=start)
     own = setup.parts[3]
-    own = own[setup.data.train.labels[own] != TARGET]
-    stamped = setup.data.train.inputs[own].float() / 255
-    stamped[:, :, -2:, -2:] = 1.0
-    runtime.model.load(start)
-    with torch.no_grad():
-        right = runtime.model.module(stamped).argmax(1) == TARGET
-    assert found == [pytest.approx(float(right.double().mean()))]
+
+    def share_of(rows: Tensor) -> float:
+        stamped = setup.data.train.inputs[rows].float() / 255
+        stamped[:, :, -2:, -2:] = 1.0
+        runtime.model.load(start)
+        with torch.no_grad():
+            return float((runtime.model.module(stamped).argmax(1) == TARGET).double().mean())
+
+    others = own[setup.data.train.labels[own] != TARGET]
+    assert 0 < share_of(others) < 1
+    assert share_of(others) != share_of(own), "it would show if its own class counted"
+    assert found == [pytest.approx(share_of(others))]
     bias = start.clone()
-    bias[-10 + TARGET] = 1e6  # the last entries are the biases: everything is the target now
+    bias[-10 + TARGET] = 1e6  # everything is the target now
     play(runtime, 3, malicious=True, start=bias)
     assert found[1] == 1.0
 

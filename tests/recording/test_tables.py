@@ -168,6 +168,7 @@ def test_every_round_is_a_line_on_disk_when_it_ends(tmp_path: Path, monkeypatch:
     tables = Tables(tmp_path)
     tables.resume(0)
     for round in range(1, 4):
+        synced.clear()
         tables.add(a_record(round))
         lines = (tmp_path / JOURNAL).read_text().splitlines()
         assert [json.loads(line)["round"]["round"] for line in lines] == list(range(1, round + 1))

@@ -346,6 +346,8 @@ def test_directories_and_patterns_are_checked_with_the_config(folder, tmp_path):
     for pattern in ("/absolute/*", "", "**x"):
         assert "no file" in config_problems(path=root, train=pattern)["train"]
     assert "train.parquet is a training file too" in config_problems(path=root, test="*.parquet")["test"]
+    for path in ("~nobody_of_that_name/x", "x" * 5000):
+        assert "cannot be checked" in config_problems(path=path)["task.data"]
     assert "is not [C, H, W]" in config_problems(path=root, shape=[28, 28])["shape"]
     assert "out of range" in config_problems(path=root, shape=[0, 28, 28])["shape"]
     assert "out of range" in config_problems(path=root, classes=1)["classes"]
