@@ -13,6 +13,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -396,8 +397,11 @@ def _plugins_beside(raw: dict[str, Any], directory: Path) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------- validation
 
 
-def build(raw: Mapping[str, Any], source: str = "") -> Config:
+def build(raw: Mapping[str, Any], source: str = "", *, possible: bool = True) -> Config:
     """The typed config of plain containers; all problems together.
+
+    possible: also check what is well formed but cannot be, such as a file that is not there; a worker on another
+    machine need not have the files that the driver has read.
 
     Raises
     ------
@@ -410,7 +414,8 @@ def build(raw: Mapping[str, Any], source: str = "") -> Config:
     except PluginError as error:
         raise ConfigError([Problem("plugins", str(error).removeprefix("plugins: "))], source) from None
     config = _section(Config, raw, "", problems)
-    problems += _impossible(config, {problem.path for problem in problems})
+    if possible:
+        problems += _impossible(config, {problem.path for problem in problems})
     if problems:
         raise ConfigError(problems, source)
     return typing.cast(Config, config)
@@ -596,6 +601,11 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         problems.append(Problem("engine.workers", f"use a whole number >= 1 or auto, not {engine.workers!r}"))
     if isinstance(engine.workers, int) and engine.workers < 1:
         problems.append(Problem("engine.workers", f"use a whole number >= 1 or auto, not {engine.workers}"))
+    start = config.training.warm_start
+    if start is not None and not os.path.isfile(start):
+        problems.append(
+            Problem("training.warm_start", f"no such file: {start!r}; give a model.safetensors", absent=True)
+        )
     combiners = 0
     for i, stage in enumerate(config.defense):
         if _touches(broken, f"defense.{i}"):

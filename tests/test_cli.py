@@ -354,6 +354,8 @@ def test_the_model_is_the_one_measured_last(finished):
     module = initial_module(config, data)
     saved = safetensors.torch.load_file(finished.directory / "model.safetensors")
     assert set(saved) == {entry.name for entry in Layout.of(module).entries}
+    modes = {name: (finished.directory / name).stat().st_mode for name in TABLES}
+    assert len(set(modes.values())) == 1, "the model is as readable as the tables"
     module.load_state_dict(saved, strict=False)
     with torch.no_grad():
         right = module(test.inputs.float() / 255).argmax(1) == test.labels
@@ -397,7 +399,7 @@ def test_a_warm_start(cli, tiny_file, tmp_path, finished):
     assert rounds["main_accuracy"][0] == finished.rounds["main_accuracy"].iloc[-1]
     assert rounds["asr"].isna().all()
     for path, said in (
-        (tmp_path / "nothing.safetensors", "cannot be read"),
+        (tmp_path / "nothing.safetensors", "training.warm_start: no such file"),
         (tiny_file, "cannot be read"),
         (model, "does not fit the model"),
     ):

@@ -24,7 +24,6 @@ from fedsim.federation.messages import pack_state, to_record, to_vector, unpack_
 from fedsim.federation.schedule import RoundPlan
 from fedsim.layout import Layout
 
-
 _REGISTRATION_SECONDS = 60.0
 """How long the first round waits for nodes to register (with our own grids they are there at once)."""
 

@@ -33,7 +33,7 @@ def app_factory(config: Config, data: Data, parts: list[Tensor], device: str) ->
 
 
 def _make_app(raw: dict[str, Any], shell: Data, refs: Shared, device: str) -> ClientApp:
-    config = build(raw)
+    config = build(raw, possible=False)
     with warnings.catch_warnings():  # the object store's memory is read-only, and nobody writes into it
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         data = replace(shell, train=_examples(refs["train"]), test=_examples(refs["test"]))
