@@ -239,6 +239,7 @@ class _Experiment:
         relevant["evaluation"].pop("twin")
         self.config_hash = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
         self.device = choose_device(config.engine.device)
+        self.workers = 1
 
     def play(self, with_twin: bool, resume: bool) -> Run:
         if resume and (self.directory / "config.yaml").exists():
@@ -312,12 +313,15 @@ class _Experiment:
         from fedsim.federation.worker import app_factory
 
         engine = config.engine
-        workers, gpus = self._workers(), 0.0
+        # A running cluster is asked how many cores it has before workers are counted.
+        connected = engine.address is not None and start_ray(Resources(1, address=engine.address))
+        workers, gpus = self._count_workers(), 0.0
+        self.workers = workers
         if self.device.type == "cuda":
             gpus = torch.cuda.device_count() / workers if engine.gpus_per_worker is None else engine.gpus_per_worker
         resources = Resources(workers, engine.cpus_per_worker, gpus, engine.address, engine.retries)
         self.progress.say(f"starting {workers} Ray worker{'s' if workers != 1 else ''}")
-        ours = start_ray(resources)
+        ours = start_ray(resources) or connected
         return RayGrid(
             app_factory(config, self.data, self.parts, self.device.type),
             nodes,
@@ -327,14 +331,14 @@ class _Experiment:
             stop_ray=ours,
         )
 
-    def _workers(self) -> int:
+    def _count_workers(self) -> int:
         engine = self.config.engine
         if isinstance(engine.workers, int):
             return engine.workers
         if engine.address is not None:
             import ray
 
-            cores = ray.cluster_resources().get("CPU", 1.0) if ray.is_initialized() else float(os.cpu_count() or 1)
+            cores = float(ray.cluster_resources().get("CPU", 1.0))
         else:
             cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         return max(1, min(int(cores // engine.cpus_per_worker), self.config.federation.clients_per_round))
@@ -454,7 +458,7 @@ class _Experiment:
                 "device": str(self.device),
                 "engine": {
                     "name": config.engine.name,
-                    "workers": self._workers() if config.engine.name == "ray" else 1,
+                    "workers": self.workers,
                 },
                 "methods": manifest.methods(config),
                 "adversary": manifest.adversary(self.plan),

@@ -101,7 +101,6 @@ def test_a_shipped_config_names_no_machine(path):
     assert isinstance(raw, dict)
     text = path.read_text(encoding="utf-8")
     assert "/home/" not in text
-    assert "/work/" not in text
     assert str(Path.home()) not in text
 
 
