@@ -81,20 +81,14 @@ def anticipation_map(seeds: Iterable[int]) -> list[Cell]:
         "defense.0.bound": 5.0,
     }
     changes: dict[str, dict[str, Any]] = {
-        "centre (k 5, S 5, 30 of 41 rounds)": {},
-        "S = 3": {"defense.0.bound": 3.0},
-        "S = 4": {"defense.0.bound": 4.0},
+        "centre: k 5, S 5, 30 of 41 rounds": {},
         "S = 8": {"defense.0.bound": 8.0},
         "k = 1": {"attack.k": 1},
-        "k = 2": {"attack.k": 2},
         "k = 9": {"attack.k": 9},
-        "attacker lr × 1/5": {"attack.lr": 0.01},
-        "attacker epochs 6": {"attack.local_epochs": 6},
-        "10 of 41 rounds": {"attack.schedule.count": 10},
+        "attacker lr × 10": {"attack.lr": 0.5},
+        "attacker epochs × 4": {"attack.local_epochs": 8},
         "41 of 41 rounds": {"attack.schedule.count": 41},
         "logistic regression": {"task.model": {"name": "logistic"}},
-        "LeNet-5": {"task.model": {"name": "lenet5"}},
-        "wider CNN (16, 64)": {"task.model": {"name": "cnn"}},
     }
     cells = []
     for (row, change), (label, chosen), seed in itertools.product(changes.items(), ATTACKS.items(), seeds):
