@@ -97,8 +97,9 @@ class Aggregated:
 class Defense(Plugin):
     """One stage of the server's pipeline; see the module for the hooks.
 
-    ``state`` is everything a stage keeps from round to round: tensors, numbers, strings, lists of these. It is
-    checkpointed; a stage keeps nothing elsewhere.
+    ``state`` is everything a stage keeps from round to round: tensors, numbers, strings, lists of these, and
+    mappings with keys of text. It is checkpointed; a stage keeps nothing elsewhere, and keeps clones: the memory
+    of ``round.updates`` is used again in the next round.
 
     min_clients: the least number of updates the method can work on.
     """

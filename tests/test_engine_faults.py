@@ -11,14 +11,15 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pandas as pd
 import pytest
+import ray
 
 from fedsim.config import load_config
 from fedsim.errors import RunError
-from fedsim.experiment import run
+from fedsim.experiment import Silent, run
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,12 +38,13 @@ CONFIG: dict[str, Any] = {
 
 
 def marked(mark: str) -> dict[int, str]:
-    """The living processes that were started, directly or not, with ``mark`` in their environment."""
+    """The living processes that were started, directly or not, with ``mark`` in their environment ("": by us)."""
     found = {}
+    sign = f"FEDSIM_TEST_MARK={mark}" if mark else f"PYTEST_CURRENT_TEST={os.environ['PYTEST_CURRENT_TEST']}"
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                if f"FEDSIM_TEST_MARK={mark}".encode() in (entry / "environ").read_bytes():
+                if sign.encode() in (entry / "environ").read_bytes():
                     found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
             except OSError:
                 continue  # gone meanwhile, or not ours
@@ -135,6 +137,21 @@ def test_killing_the_run_itself_leaves_no_worker(started: Started) -> None:
     started.process.wait(20)
     assert wait(lambda: all("Agent" in name for name in marked(started.mark).values()), 30), marked(started.mark)
     # two agents of Ray's own notice after a minute that their node is gone, and leave
+
+
+def test_a_run_that_fails_stops_the_ray_it_started(tmp_path: Path) -> None:
+    class Failing(Silent):
+        seen: ClassVar[list[int]] = []
+
+        def client(self) -> None:
+            self.seen += workers("")
+            raise RunError("enough")
+
+    with pytest.raises(RunError, match="enough"):
+        run(load_config(CONFIG), out=tmp_path / "run", progress=Failing())
+    assert len(Failing.seen) == 2
+    assert not ray.is_initialized()
+    assert wait(lambda: not workers(""), 15), "a program that goes on has no workers of ours"
 
 
 def test_a_cluster_that_is_not_there_fails_in_seconds(tmp_path: Path) -> None:

@@ -6,13 +6,14 @@ back as zero-copy arrays. A worker that dies is replaced and its clients are pla
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,18 +105,33 @@ def start_ray(resources: Resources) -> bool:
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
-        "runtime_env": {"env_vars": WORKER_ENVIRONMENT},
     }
     try:
         if resources.address is not None:
             _knock(resources.address)
-            ray.init(address=resources.address, **common)
+            ray.init(address=resources.address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **common)
         else:
             cores = max(1, math.ceil(resources.workers * resources.cpus))
-            ray.init(num_cpus=cores, include_dashboard=False, **common)
+            with _environment(WORKER_ENVIRONMENT):  # inherited; an environment of their own costs a second
+                ray.init(num_cpus=cores, include_dashboard=False, **common)
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
         raise RunError(f"Ray cannot be started: {' '.join(str(error).split())}") from error
     return True
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for the processes started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _knock(address: str) -> None:

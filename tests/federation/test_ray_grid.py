@@ -60,7 +60,12 @@ def app_maker() -> Callable[[], ClientApp]:
             vector = to_vector(message.content.array_records["arrays"])
             noise = torch.randn(len(vector), generator=torch.Generator().manual_seed(context.node_id))
             metrics = MetricRecord(
-                {"num-examples": context.node_id, "pid": os.getpid(), "threads": torch.get_num_threads()}
+                {
+                    "num-examples": context.node_id,
+                    "pid": os.getpid(),
+                    "threads": torch.get_num_threads(),
+                    "omp": int(os.environ["OMP_NUM_THREADS"]),
+                }
             )
             return Message(RecordDict({"arrays": to_record(vector + noise), "metrics": metrics}), reply_to=message)
 
@@ -122,7 +127,12 @@ def expected() -> list[torch.Tensor | None]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     assert not ray.is_initialized()
-    assert start_ray(Resources(workers=3)), "this process started it, so it is ours to stop"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        patch.delenv("MKL_NUM_THREADS", raising=False)
+        assert start_ray(Resources(workers=3)), "this process started it, so it is ours to stop"
+        assert os.environ["OMP_NUM_THREADS"] == "2", "what workers are given is not ours to keep"
+        assert "MKL_NUM_THREADS" not in os.environ
     assert not start_ray(Resources(workers=3)), "the second time it is there already"
     yield
     ray.shutdown()
@@ -161,7 +171,8 @@ def test_answers_as_the_in_process_grid_in_order(grid: RayGrid, expected: list[t
     assert [r.metadata.reply_to_message_id for r in replies] == [m.metadata.message_id for m in sent]
     assert same(vectors(replies), expected)
     assert pids_of(replies) == set(grid.pids()), "both workers worked"
-    assert {r.content.metric_records["metrics"]["threads"] for r in replies} == {1}
+    for number in ("threads", "omp"):
+        assert {r.content.metric_records["metrics"][number] for r in replies} == {1}
 
 
 def test_answers_the_same_again_once_it_knows_how_long_clients_take(
