@@ -207,13 +207,17 @@ def _locked(directory: Path, resume: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Torch on one thread: the numbers are the same on any number of cores, and workers do not fight."""
-    before = torch.get_num_threads()
+    """Torch on one thread: the numbers are the same on any number of cores, and workers do not fight.
+
+    The caller's number of threads and global random state are as before afterwards.
+    """
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)
 
 
 def choose_device(name: str) -> torch.device:
@@ -263,8 +267,8 @@ class _Experiment:
         except KeyboardInterrupt:
             self._manifest("interrupted")
             raise
-        except FedsimError as error:
-            self._manifest("failed", str(error).splitlines()[0])
+        except Exception as error:
+            self._manifest("failed", str(error).partition("\n")[0])
             raise
         return self._finish()
 

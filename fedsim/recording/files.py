@@ -12,8 +12,10 @@ from typing import Any
 from fedsim.errors import RunError
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place.
+
+    sync: make sure that it survives a power cut (a killed process it survives anyway).
 
     Raises
     ------
@@ -22,8 +24,9 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
+        if sync:
+            with temporary.open("rb+") as handle:
+                os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise disk_error(path, error) from error

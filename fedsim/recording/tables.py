@@ -44,7 +44,8 @@ CLIENTS = pa.schema(
     ]
 )
 JOURNAL = "journal.jsonl"
-_ROWS_PER_REWRITE = 5000
+_ROWS_PER_REWRITE = 500
+"""Client rows per round that the Parquet files may stay behind: a rewrite costs the same a round, however long the run."""
 
 
 def round_row(record: RoundRecord) -> dict[str, Any]:
@@ -132,9 +133,9 @@ class Tables:
         except OSError as error:
             raise disk_error(path, error) from error
         if record.round % (1 + len(self.clients) // _ROWS_PER_REWRITE) == 0:
-            self.write()
+            self.write(sync=False)  # the journal is what a resumed run goes by
 
-    def write(self) -> None:
+    def write(self, *, sync: bool = True) -> None:
         """Rewrite the Parquet files from all rows."""
         names = ["round", *sorted({key for row in self.timings for key in row} - {"round"})]
         timings = pa.schema([(n, pa.int64() if n == "round" else pa.float64()) for n in names])
@@ -144,7 +145,7 @@ class Tables:
             ("timings", self.timings, timings),
         ):
             table = pa.Table.from_pylist(rows, schema=schema)
-            write_atomic(self.directory / f"{name}.parquet", lambda path, t=table: pq.write_table(t, path))  # type: ignore[misc]
+            write_atomic(self.directory / f"{name}.parquet", lambda path, t=table: pq.write_table(t, path), sync=sync)  # type: ignore[misc]
 
     def finish(self) -> None:
         """Write the Parquet files and remove the journal: the run is complete."""

@@ -185,7 +185,7 @@ def test_large_tables_are_rewritten_more_rarely(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(module, "_ROWS_PER_REWRITE", 10)
     tables = Tables(tmp_path)
     written = []
-    monkeypatch.setattr(tables, "write", lambda: written.append(len(tables.rounds)))
+    monkeypatch.setattr(tables, "write", lambda *, sync: written.append(len(tables.rounds)))
     for round in range(1, 31):
         tables.add(a_record(round))
     assert written[:3] == [1, 2, 3]
