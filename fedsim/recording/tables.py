@@ -45,7 +45,7 @@ CLIENTS = pa.schema(
 )
 JOURNAL = "journal.jsonl"
 _ROWS_PER_REWRITE = 500
-"""Client rows per round that the Parquet files may stay behind: a rewrite costs the same a round, however long the run."""
+"""Client rows for each round that the Parquet files stay behind: rewriting costs the same however long the run."""
 
 
 def round_row(record: RoundRecord) -> dict[str, Any]:
