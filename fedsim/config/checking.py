@@ -1,0 +1,289 @@
+"""From a mapping to the typed config: unknown keys, types, ranges and impossible values, all problems together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, field, fields
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedsim import plugins
+from fedsim.config.schema import AttackConfig, Choice, Config, dataclass_in, hints_of
+from fedsim.errors import ConfigError, PluginError, Problem
+from fedsim.plugins import Parameters
+
+
+def build(raw: Mapping[str, Any], source: str = "", *, possible: bool = True) -> Config:
+    """The typed config of plain containers; all problems together.
+
+    possible: also check what is well formed but cannot be, such as a file that is not there; a worker on another
+    machine need not have the files that the driver has read.
+
+    Raises
+    ------
+    ConfigError
+    """
+    problems: list[Problem] = []
+    files = raw.get("plugins") or []
+    try:
+        plugins.load([str(file) for file in files if file is not None] if isinstance(files, list) else [])
+    except PluginError as error:
+        raise ConfigError([Problem("plugins", str(error).removeprefix("plugins: "))], source) from None
+    config = _section(Config, raw, "", problems)
+    if possible:
+        problems += _impossible(config, {problem.path for problem in problems})
+    if problems:
+        raise ConfigError(problems, source)
+    return typing.cast(Config, config)
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _section(cls: type, raw: Any, path: str, problems: list[Problem]) -> Any:
+    """An instance of the section class from a mapping; problems are added to the list."""
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, Mapping):
+        problems.append(Problem(path, f"expected a mapping of keys to values, got {raw!r}"))
+        raw = {}
+    known = {f.name: f for f in fields(cls) if not f.metadata.get("internal")}
+    values: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
+    for name, f in known.items():
+        here = _join(path, name)
+        section = dataclass_in(hints_of(cls)[name])
+        if "plugin" in f.metadata:
+            values[name] = read_choice(
+                f.metadata["plugin"], raw.get(name, f.metadata["plugin_default"]), here, problems
+            )
+        elif "plugins" in f.metadata:
+            values[name] = _choice_list(f.metadata["plugins"], raw.get(name), here, problems)
+        elif section is AttackConfig:
+            given = raw.get(name, {})
+            values[name] = None if given is None else _attack(given, here, problems)
+        elif section is not None:
+            values[name] = _section(section, raw.get(name), here, problems)
+        elif name in raw:
+            leaves[name] = raw[name]
+    _report_unknown([key for key in raw if key not in known], list(known), path, problems)
+    values.update(_leaves(cls, leaves, path, problems))
+    return cls(**values)
+
+
+def _attack(raw: Any, path: str, problems: list[Problem]) -> AttackConfig:
+    """The attack section: generic keys and the method's own parameters side by side."""
+    if isinstance(raw, str):
+        raw = {"name": raw}
+    if not isinstance(raw, Mapping):
+        problems.append(Problem(path, f"expected a mapping with a name, got {raw!r}"))
+        raw = {}
+    generic = {f.name for f in fields(AttackConfig)} - {"parameters"}
+    own = {key: value for key, value in raw.items() if key not in generic}
+    config = typing.cast(
+        AttackConfig, _section(AttackConfig, {k: v for k, v in raw.items() if k in generic}, path, problems)
+    )
+    if config.name == "none":
+        _report_unknown(list(own), sorted(generic), path, problems)
+        return config
+    config.parameters = _parameters("attack", config.name, own, path, problems, also=sorted(generic))
+    return config
+
+
+def read_choice(kind: str, raw: Any, path: str, problems: list[Problem]) -> Choice:
+    if isinstance(raw, str):
+        raw = {"name": raw}
+    if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
+        there = ", ".join(plugins.names(kind))
+        problems.append(Problem(path, f"expected a name, or a mapping with one, got {raw!r} (there are: {there})"))
+        return Choice(kind, "", Parameters())
+    own = {key: value for key, value in raw.items() if key != "name"}
+    return Choice(kind, raw["name"], _parameters(kind, raw["name"], own, path, problems))
+
+
+def _choice_list(kind: str, raw: Any, path: str, problems: list[Problem]) -> list[Choice]:
+    if raw is None:
+        return []
+    if isinstance(raw, (str, Mapping)):
+        raw = [raw]
+    if not isinstance(raw, Sequence):
+        problems.append(Problem(path, f"expected a list, each with a name, got {raw!r}"))
+        return []
+    return [read_choice(kind, item, _join(path, i), problems) for i, item in enumerate(raw)]
+
+
+def _parameters(
+    kind: str, name: str, raw: Mapping[str, Any], path: str, problems: list[Problem], also: Sequence[str] = ()
+) -> Parameters:
+    try:
+        cls = plugins.get(kind, name).Parameters
+    except PluginError:
+        problems.append(Problem(_join(path, "name"), plugins.unknown(kind, name)))
+        return Parameters()
+    known = {f.name for f in fields(cls)}
+    _report_unknown([key for key in raw if key not in known], [*sorted(known), *also], path, problems)
+    before = len(problems)
+    values = _leaves(cls, {key: value for key, value in raw.items() if key in known}, path, problems)
+    for f in fields(cls):
+        if f.name not in values and f.default is MISSING and f.default_factory is MISSING:
+            if f.name not in raw:
+                problems.append(Problem(_join(path, f.name), f"is required by {kind} {name!r}: {f.metadata['doc']}"))
+            return Parameters()
+    return cls(**values) if len(problems) == before else Parameters()
+
+
+def _report_unknown(keys: Sequence[Any], known: Sequence[str], path: str, problems: list[Problem]) -> None:
+    for key in keys:
+        near = difflib.get_close_matches(str(key), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        problems.append(Problem(_join(path, key), f"unknown key; {hint}allowed here: {', '.join(known) or 'none'}"))
+
+
+def _leaves(cls: type, raw: Mapping[str, Any], path: str, problems: list[Problem]) -> dict[str, Any]:
+    """Values of plain fields, converted and checked for type (by OmegaConf) and range."""
+    hints = hints_of(cls)
+    by_name: dict[str, Field[Any]] = {f.name: f for f in fields(cls)}
+    result: dict[str, Any] = {}
+    for name, value in raw.items():
+        here, hint = _join(path, name), hints[name]
+        shape = dataclasses.make_dataclass("Leaf", [("value", hint, field(default=dataclasses.MISSING))])
+        try:
+            node = OmegaConf.structured(shape(value=_default_for(by_name[name])))
+            OmegaConf.update(node, "value", value)
+            converted = OmegaConf.to_container(node)["value"]  # type: ignore[index,call-overload]
+            if isinstance(converted, bool) and not isinstance(value, (bool, str)):
+                raise OmegaConfBaseException  # to OmegaConf 7 is true
+        except OmegaConfBaseException:
+            problems.append(Problem(here, f"expected {type_name(hint)}, got {value!r}"))
+            continue
+        if _missing(converted):
+            problems.append(Problem(here, f"expected {type_name(hint)}, got ??? (a value still to be filled in)"))
+            continue
+        problem = plugins.range_problem(by_name[name], converted)
+        if problem:
+            problems.append(Problem(here, problem))
+        else:
+            result[name] = converted
+    return result
+
+
+def _missing(value: Any) -> bool:
+    """Whether OmegaConf's mark for a value still to come is anywhere in it."""
+    if isinstance(value, (list, dict)):
+        return any(_missing(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and value == "???"
+
+
+def _default_for(f: Field[Any]) -> Any:
+    if f.default is not MISSING:
+        return f.default
+    return f.default_factory() if f.default_factory is not MISSING else "???"
+
+
+def type_name(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if isinstance(hint, types.UnionType):
+        return " or ".join(type_name(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        return "a list"
+    if typing.get_origin(hint) is dict or hint is dict:
+        return "a mapping"
+    return names.get(hint, str(hint))
+
+
+_SIZED_KINDS = ("attack", "defense", "partition", "schedule")
+"""Plugins that may measure themselves against the number of clients or rounds."""
+_SIZES = {"federation", "federation.clients", "federation.clients_per_round", "federation.rounds"}
+
+
+def _impossible(config: Config, broken: set[str]) -> list[Problem]:
+    """What is well formed but cannot be: checks across sections, and each plugin's own.
+
+    ``broken`` holds the paths that are wrong already: nothing is concluded from them.
+    """
+    problems: list[Problem] = []
+    federation, engine = config.federation, config.engine
+    sized = not broken & _SIZES
+    if sized and federation.clients_per_round > federation.clients:
+        problems.append(
+            Problem(
+                "federation.clients_per_round",
+                f"{federation.clients_per_round} cannot be sampled from {federation.clients} clients; "
+                f"use at most federation.clients",
+            )
+        )
+    if "task.name" not in broken and config.task.name not in plugins.names("task"):
+        problems.append(Problem("task.name", plugins.unknown("task", config.task.name)))
+    if isinstance(engine.workers, str) and engine.workers != "auto":
+        problems.append(Problem("engine.workers", f"use a whole number >= 1 or auto, not {engine.workers!r}"))
+    if isinstance(engine.workers, int) and engine.workers < 1:
+        problems.append(Problem("engine.workers", f"use a whole number >= 1 or auto, not {engine.workers}"))
+    start = config.training.warm_start
+    if start is not None and not os.path.isfile(start):
+        problems.append(
+            Problem("training.warm_start", f"no such file: {start!r}; give a model.safetensors", absent=True)
+        )
+    combiners = 0
+    for i, stage in enumerate(config.defense):
+        if _touches(broken, f"defense.{i}"):
+            continue
+        cls: Any = plugins.get("defense", stage.name)
+        combiners += cls.aggregates()
+        if cls.aggregates() and combiners > 1:
+            problems.append(Problem(f"defense.{i}", "only one stage of a pipeline may bring an aggregation rule"))
+    for path, kind, name, parameters in _all_plugins(config):
+        if _touches(broken, path) or (not sized and kind in _SIZED_KINDS):
+            continue
+        try:
+            found = plugins.get(kind, name).problems(parameters, config)
+        except (OSError, ValueError, RuntimeError) as error:  # a path that no file system takes
+            found = [Problem("", f"cannot be checked: {error}")]
+        problems += [Problem(_join(path, p.path) if p.path else path, p.message, p.absent) for p in found]
+    refused = broken | {problem.path for problem in problems}
+    for i, stage in enumerate(config.defense):
+        if _touches(refused, f"defense.{i}"):
+            continue  # the method has said more precisely what it needs
+        need = typing.cast(Any, plugins.get("defense", stage.name)).required_clients(stage.parameters)
+        if sized and need > federation.clients_per_round:
+            problems.append(
+                Problem(
+                    f"defense.{i}.name",
+                    f"{stage.name!r} with these parameters needs at least {need} clients a round; "
+                    f"federation.clients_per_round is {federation.clients_per_round}",
+                )
+            )
+    return problems
+
+
+def _touches(broken: set[str], path: str) -> bool:
+    """Whether something in the section ``path`` is wrong (or all of a section above it)."""
+    return any(b == path or b.startswith(f"{path}.") or path.startswith(f"{b}.") for b in broken)
+
+
+def _all_plugins(config: Config) -> Iterable[tuple[str, str, str, Parameters]]:
+    for path, one in (
+        ("task.data", config.task.data),
+        ("task.model", config.task.model),
+        ("federation.partition", config.federation.partition),
+    ):
+        yield path, one.kind, one.name, one.parameters
+    if config.attack is not None:
+        if config.attack.name != "none":
+            yield "attack", "attack", config.attack.name, config.attack.parameters
+        for path, one in (
+            ("attack.trigger", config.attack.trigger),
+            ("attack.schedule", config.attack.schedule),
+        ):
+            yield path, one.kind, one.name, one.parameters
+        for i, one in enumerate(config.attack.craft):
+            yield f"attack.craft.{i}", one.kind, one.name, one.parameters
+    for i, one in enumerate(config.defense):
+        yield f"defense.{i}", one.kind, one.name, one.parameters
