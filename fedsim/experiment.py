@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import safetensors.torch
@@ -25,7 +24,7 @@ from fedsim import plugins
 from fedsim.attack import Attack
 from fedsim.config import Config, load_config
 from fedsim.defense import Defense
-from fedsim.errors import ConfigError, FedsimError, InputError, RunError
+from fedsim.errors import ConfigError, InputError, RunError
 from fedsim.federation.client import ClientRuntime, client_app, initial_module
 from fedsim.federation.evaluation import Evaluator
 from fedsim.federation.grids import InProcessGrid, LocalGrid
@@ -36,7 +35,8 @@ from fedsim.federation.strategy import FederatedStrategy, RoundRecord
 from fedsim.layout import FlatModel, Layout
 from fedsim.recording import checkpoint, manifest
 from fedsim.recording.checkpoint import Checkpoint
-from fedsim.recording.files import disk_error, write_atomic, write_json, write_text
+from fedsim.recording.directory import locked, new_directory
+from fedsim.recording.files import write_atomic, write_json, write_text
 from fedsim.recording.summary import summarise
 from fedsim.recording.tables import JOURNAL, Tables
 from fedsim.report import write_report
@@ -45,9 +45,6 @@ from fedsim.tasks.partition import describe
 
 TWIN = "twin"
 """Sub-directory of the clean twin's tables."""
-
-_STALE = ".*.tmp"
-"""What a killed run was about to put in place."""
 
 
 class Progress(Protocol):
@@ -143,66 +140,13 @@ def run(
     problems = plan_problems(config, rounds)
     if problems:
         raise ConfigError(problems)
-    directory = Path(out) if out is not None else _new_directory(config)
+    directory = Path(out) if out is not None else new_directory(config)
     progress = progress or Silent()
-    with _locked(directory, resume), _one_thread():
+    with locked(directory, resume), _one_thread():
         progress.say(f"run directory: {directory}")
         return _Experiment(config, rounds, directory, progress).play(
             config.evaluation.twin if twin is None else twin, resume
         )
-
-
-def _new_directory(config: Config) -> Path:
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = Path(config.output.dir) / config.name / f"{stamp}-seed{config.seed}"
-    candidate, i = base, 1
-    while candidate.exists():
-        i += 1
-        candidate = base.with_name(f"{base.name}-{i}")
-    return candidate
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, resume: bool) -> Iterator[None]:
-    """Create the run directory and hold its lock.
-
-    Raises
-    ------
-    InputError: it holds something already, or another run is at work in it.
-    """
-    fresh = not directory.exists()
-    if directory.exists() and not directory.is_dir():
-        raise InputError(f"{directory} is a file; give a directory")
-    occupied = directory.exists() and any(p.name != ".lock" and not p.match(_STALE) for p in directory.iterdir())
-    if occupied and not resume:
-        raise InputError(f"{directory} is not empty; give another --out, or continue the run there with --resume")
-    if occupied and not (directory / "config.yaml").exists():
-        raise InputError(f"{directory} holds files, but no run; give another --out")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle: IO[str] = (directory / ".lock").open("w")
-    except OSError as error:
-        raise disk_error(directory, error) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(handle.fileno()).st_nlink == 0:  # its holder has removed it meanwhile
-            raise BlockingIOError
-    except OSError:
-        handle.close()
-        raise InputError(f"another run is at work in {directory}; give another --out") from None
-    for stale in directory.rglob(_STALE):
-        stale.unlink(missing_ok=True)
-    try:
-        yield
-    except FedsimError:
-        if fresh and not (directory / "config.yaml").exists():  # nothing was begun: leave nothing behind
-            (directory / ".lock").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                directory.rmdir()
-        raise
-    finally:
-        (directory / ".lock").unlink(missing_ok=True)  # while it is held: nobody else's is taken away
-        handle.close()
 
 
 @contextlib.contextmanager
