@@ -119,7 +119,7 @@ def play(cell: Cell, out: str) -> dict[str, Any]:
         "seed": cell.seed,
         "directory": cell.directory,
         "t0": run.summary["t0"],
-        "asr_at_t0": float(run.rounds.loc[run.rounds["round"] == run.summary["t0"], "asr"].iloc[0]),
+        "asr_at_t0": float(run.rounds.loc[run.rounds["round"] >= run.summary["t0"], "asr"].dropna().iloc[0]),
         "area_50": float(after.loc[ages <= 50, "asr"].mean()),
         "area": float(after["asr"].mean()),
         "rounds_after": int(ages.max()),
@@ -143,7 +143,8 @@ def interval(values: list[float], draws: int = 10000) -> tuple[float, float, flo
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, one row a setting and attack."""
     lines = [
-        "| setting | attack | ASR at t0 | mean ASR, ages 1–50 | lifespan (κ = 50 %) | final ASR | main accuracy |",
+        "| setting | attack | ASR after the attack | mean ASR, ages 1–50 | lifespan (κ = 50 %) | final ASR "
+        "| main accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
     keys = list(dict.fromkeys((r["row"], r["label"]) for r in results))
