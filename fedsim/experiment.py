@@ -450,7 +450,7 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 def _size_of(sizes: list[int], message: Any) -> tuple[str, float]:
     """Kind and size of a message's work, for the grid's hand-out."""
-    order = message.content.config_records["config"]
+    order = message.content["config"]
     return ("malicious" if order["malicious"] else "honest"), float(sizes[int(order["client"])])
 
 

@@ -96,7 +96,7 @@ class ClientRuntime:
         """Play one client for one round; the reply holds its local model (D,) and metrics."""
         started = time.perf_counter()
         round, client = int(order["round"]), int(order["client"])
-        global_vector = to_vector(content.array_records["arrays"]).to(self.device)
+        global_vector = to_vector(content["arrays"]).to(self.device)
         self.model.load(global_vector)
         seed = self.config.seed
         _seed_torch(streams.derive(seed, "torch", round, client), self.device)
@@ -201,7 +201,7 @@ def client_app(runtime: Callable[[Context], ClientRuntime]) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        said = message.content.config_records["config"]
+        said = message.content["config"]
         order: dict[str, Any] = {
             "round": said.get("server-round", 1),
             "client": context.node_config.get("partition-id"),

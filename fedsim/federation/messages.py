@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from numpy.typing import NDArray
 from torch import Tensor
@@ -71,14 +71,14 @@ def to_record(vector: Tensor) -> ArrayRecord:
     return _record({MODEL: vector})
 
 
-def to_vector(record: ArrayRecord) -> Tensor:
+def to_vector(record: ArrayRecord | MetricRecord | ConfigRecord) -> Tensor:
     """The vector of an ArrayRecord, without a copy; treat it as read-only.
 
     Raises
     ------
     ValueError: the record does not hold exactly one floating-point array named ``model``.
     """
-    if list(record) != [MODEL]:
+    if not isinstance(record, ArrayRecord) or list(record) != [MODEL]:
         raise ValueError(f"expected one array named {MODEL!r}, got {list(record)}")
     try:
         array = record[MODEL].numpy()

@@ -19,7 +19,7 @@ from typing import Any
 
 import ray
 import torch
-from flwr.app import ArrayRecord, Error, Message, RecordDict
+from flwr.app import ArrayRecord, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from ray.exceptions import RayActorError, RayError
@@ -246,20 +246,19 @@ class RayGrid(LocalGrid):
         """Put array records that several messages carry into the object store, once; take them off the messages."""
         seen: dict[int, list[tuple[Message, str]]] = {}
         for message in messages:
-            for name, record in message.content.array_records.items():
-                seen.setdefault(id(record), []).append((message, name))
+            for name, record in message.content.items():
+                if isinstance(record, ArrayRecord):
+                    seen.setdefault(id(record), []).append((message, name))
         shared: list[Any] = []
         places: dict[str, dict[str, int]] = {m.metadata.message_id: {} for m in messages}
         for holders in seen.values():
             if len(holders) < 2:
                 continue
             first, name = holders[0]
-            shared.append(ray.put(first.content.array_records[name]))
+            shared.append(ray.put(first.content[name]))
             for message, key in holders:
                 places[message.metadata.message_id][key] = len(shared) - 1
-        for message in messages:
-            stripped = places[message.metadata.message_id]
-            message.content = RecordDict({k: v for k, v in message.content.items() if k not in stripped})
+                del message.content[key]
         return shared, places
 
     def _seconds(self, message: Message) -> float:

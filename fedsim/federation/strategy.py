@@ -248,7 +248,7 @@ class FederatedStrategy(Strategy):
                 continue
             rows.append(client)
             records[client] = ClientRecord(client, malicious, examples)
-            metrics = reply.content.metric_records["metrics"]
+            metrics = reply.content["metrics"]
             client_seconds.append(_number(metrics.get("seconds")))
             if malicious:
                 self.attack_state = unpack_state(reply.content) or self.attack_state
@@ -265,8 +265,8 @@ class FederatedStrategy(Strategy):
     def _read(self, reply: Message, row: Tensor) -> tuple[int, str]:
         """Write one reply's update into its row; (examples, why it cannot be used or "")."""
         try:
-            examples = reply.content.metric_records["metrics"]["num-examples"]
-            local = to_vector(reply.content.array_records["arrays"])
+            examples = reply.content["metrics"]["num-examples"]
+            local = to_vector(reply.content["arrays"])
         except KeyError as error:
             return 0, f"unusable reply: it has no {error}"
         except ValueError as error:
