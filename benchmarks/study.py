@@ -74,22 +74,22 @@ def attacks(seeds: Iterable[int], bounds: Iterable[float]) -> list[Cell]:
 def anticipation_map(seeds: Iterable[int]) -> list[Cell]:
     """One thing at a time around a centre, three attacks each."""
     centre: dict[str, Any] = {
-        "federation.rounds": 110,
+        "federation.rounds": 90,
         "attack.schedule": {"name": "random_rounds", "count": 30, "start": 20, "stop": 60},
         "task.model": SMALL,
         "training.lr": 0.05,
-        "defense.0.bound": 5.0,
+        "defense.0.bound": 3.5,
     }
     changes: dict[str, dict[str, Any]] = {
-        "centre: k 5, S 5, 30 of 41 rounds": {},
-        "S = 8": {"defense.0.bound": 8.0},
+        "centre: k 5, S 3.5, 30 of 41 rounds": {},
+        "S = 3": {"defense.0.bound": 3.0},
         "k = 1": {"attack.k": 1},
         "k = 9": {"attack.k": 9},
         "attacker lr × 1/10": {"attack.lr": 0.005},
         "attacker lr × 4": {"attack.lr": 0.2},
         "attacker epochs × 4": {"attack.local_epochs": 8},
         "41 of 41 rounds": {"attack.schedule.count": 41},
-        "logistic regression": {"task.model": {"name": "logistic"}},
+        "LeNet-5": {"task.model": {"name": "lenet5"}},
     }
     cells = []
     for (row, change), (label, chosen), seed in itertools.product(changes.items(), ATTACKS.items(), seeds):
@@ -120,8 +120,7 @@ def play(cell: Cell, out: str) -> dict[str, Any]:
         "directory": cell.directory,
         "t0": run.summary["t0"],
         "asr_at_t0": float(run.rounds.loc[run.rounds["round"] >= run.summary["t0"], "asr"].dropna().iloc[0]),
-        "area_50": float(after.loc[ages <= 50, "asr"].mean()),
-        "area": float(after["asr"].mean()),
+        "area": float(after.loc[ages <= (30 if cell.study == "map" else 50), "asr"].mean()),
         "rounds_after": int(ages.max()),
         "lifespan": span["rounds"],
         "censored": span["censored"],
@@ -143,14 +142,13 @@ def interval(values: list[float], draws: int = 10000) -> tuple[float, float, flo
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, one row a setting and attack."""
     lines = [
-        "| setting | attack | ASR after the attack | mean ASR, ages 1–50 | lifespan (κ = 50 %) | final ASR "
-        "| main accuracy |",
+        "| setting | attack | ASR after the attack | mean ASR | lifespan (κ = 50 %) | final ASR | main accuracy |",
         "|---|---|---|---|---|---|---|",
     ]
     keys = list(dict.fromkeys((r["row"], r["label"]) for r in results))
     for row, label in keys:
         group = sorted((r for r in results if (r["row"], r["label"]) == (row, label)), key=lambda r: r["seed"])
-        start, area, final = (interval([r[k] for r in group]) for k in ("asr_at_t0", "area_50", "final_asr"))
+        start, area, final = (interval([r[k] for r in group]) for k in ("asr_at_t0", "area", "final_asr"))
         spans = ", ".join(f"> {r['rounds_after']}" if r["censored"] else str(r["lifespan"]) for r in group)
         accuracy = statistics.median(r["final_accuracy"] for r in group)
         lines.append(
