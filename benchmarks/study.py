@@ -194,7 +194,7 @@ def main() -> None:
             span = f"> {made['rounds_after']}" if made["censored"] else made["lifespan"]
             print(
                 f"{len(results)}/{len(cells)} {made['row']} | {made['label']} | seed {made['seed']}: lifespan {span}, "
-                f"area {made['area_50']:.2f}, {made['wall']:.0f} s; {left / 60:.0f} min left",
+                f"area {made['area']:.2f}, {made['wall']:.0f} s; {left / 60:.0f} min left",
                 flush=True,
             )
     order = {(cell.row, cell.label, cell.seed): i for i, cell in enumerate(cells)}
