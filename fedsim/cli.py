@@ -179,7 +179,7 @@ def describe(
     if cls.paper:
         out.print(Text(f"\npaper: {cls.paper}"), soft_wrap=True)
     if kind == "attack":
-        out.print(Text(f"knows: {', '.join(sorted(str(k) for k in cls.knows))}"), soft_wrap=True)
+        out.print(Text(f"knows: {_knowledge(cls)}"), soft_wrap=True)
     if kind == "defense":
         out.print(Text(f"needs at least {cls.min_clients} clients; own aggregation rule: {_yes(cls.aggregates())}"))
     out.print()
@@ -236,6 +236,13 @@ def _dedent(text: str) -> str:
     import inspect
 
     return inspect.cleandoc(text)
+
+
+def _knowledge(cls: Any) -> str:
+    """What an attack sees with its default parameters, and what others may add."""
+    usual = cls.knowledge(cls.Parameters())
+    more = sorted(str(k) for k in cls.knows - usual)
+    return ", ".join(sorted(str(k) for k in usual)) + (f"; by its parameters also {', '.join(more)}" if more else "")
 
 
 def _yes(value: bool) -> str:
