@@ -240,7 +240,11 @@ def _dedent(text: str) -> str:
 
 def _knowledge(cls: Any) -> str:
     """What an attack sees with its default parameters, and what others may add."""
-    usual = cls.knowledge(cls.Parameters())
+    required = dataclasses.MISSING
+    complete = all(
+        f.default is not required or f.default_factory is not required for f in dataclasses.fields(cls.Parameters)
+    )
+    usual = cls.knowledge(cls.Parameters()) if complete else cls.knows
     more = sorted(str(k) for k in cls.knows - usual)
     return ", ".join(sorted(str(k) for k in usual)) + (f"; by its parameters also {', '.join(more)}" if more else "")
 
