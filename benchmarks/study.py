@@ -75,21 +75,20 @@ def anticipation_map(seeds: Iterable[int]) -> list[Cell]:
     """One thing at a time around a centre, three attacks each."""
     centre: dict[str, Any] = {
         "federation.rounds": 90,
-        "attack.schedule": {"name": "random_rounds", "count": 30, "start": 20, "stop": 60},
+        "attack.schedule": {"name": "random_rounds", "count": 24, "start": 20, "stop": 60},
         "task.model": SMALL,
         "training.lr": 0.05,
-        "defense.0.bound": 3.5,
+        "defense.0.bound": 3.0,
     }
     changes: dict[str, dict[str, Any]] = {
-        "centre: k 5, S 3.5, 30 of 41 rounds": {},
-        "S = 3": {"defense.0.bound": 3.0},
+        "centre: k 5, S 3, 24 of 41 rounds": {},
+        "S = 4": {"defense.0.bound": 4.0},
         "k = 1": {"attack.k": 1},
         "k = 9": {"attack.k": 9},
         "attacker lr × 1/10": {"attack.lr": 0.005},
         "attacker lr × 4": {"attack.lr": 0.2},
-        "attacker epochs × 4": {"attack.local_epochs": 8},
-        "41 of 41 rounds": {"attack.schedule.count": 41},
-        "LeNet-5": {"task.model": {"name": "lenet5"}},
+        "logistic regression": {"task.model": {"name": "logistic"}},
+        "attack in 12 of 41 rounds": {"attack.schedule.count": 12},
     }
     cells = []
     for (row, change), (label, chosen), seed in itertools.product(changes.items(), ATTACKS.items(), seeds):
