@@ -237,7 +237,7 @@ class _Experiment:
         """Load the data, split it, build the model: whatever is wrong with them shows here."""
         config = self.config
         setup = prepare(config)
-        data, self.data, self.parts = setup.data, setup.data, setup.parts
+        data, self.data, self.parts, self.sizes = setup.data, setup.data, setup.parts, setup.sizes
         task: Task = plugins.create("task", config.task.name)
         self.attack: Attack | None = None
         if config.attack is not None and config.attack.name != "none":
@@ -274,7 +274,7 @@ class _Experiment:
             app_factory(config, self.data, self.parts, self.device.type),
             nodes,
             resources,
-            size_of=functools.partial(_size_of, [len(part) for part in self.parts]),
+            size_of=functools.partial(_size_of, self.sizes),
             on_reply=self.progress.client,
             stop_ray=ours,
         )
@@ -302,7 +302,7 @@ class _Experiment:
             self.plan,
             self.layout,
             self.initial.clone(),
-            [len(part) for part in self.parts],
+            self.sizes,
             stages,
             attack=self.attack,
             measure=self.evaluator.measure,

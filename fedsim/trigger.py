@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -100,8 +100,3 @@ def poison_count(fraction: float, size: int) -> int:
     As the official code of Anticipate and Backdoors101 has it: half of 5 is 2, half of 7 is 4.
     """
     return round(fraction * size)
-
-
-def describe_trigger(trigger: Trigger) -> dict[str, Any]:
-    """Name, target and parts, for the manifest."""
-    return {"name": trigger.name, "target": trigger.target, "parts": trigger.parts}
