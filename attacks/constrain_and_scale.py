@@ -9,7 +9,8 @@ from torch import Tensor
 
 from attacks._projection import project_l2
 from attacks.model_replacement import ModelReplacement, ModelReplacementParameters
-from fedsim.attack import AttackContext, GradientHook, StepHook, StepInfo
+from fedsim.attack import AttackContext
+from fedsim.local import GradientHook, StepHook, StepInfo
 from fedsim.plugins import parameter, register
 
 
@@ -44,6 +45,7 @@ class ConstrainAndScale(ModelReplacement):
     """
 
     paper = "Bagdasaryan et al., How To Backdoor Federated Learning, AISTATS 2020, arXiv 1807.00459, section 4.3"
+    cost = "an honest round"
     Parameters = ConstrainAndScaleParameters
 
     def on_gradient(self, context: AttackContext) -> GradientHook | None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedsim.attack import Attack, AttackContext, GradientHook, StepHook
+from fedsim.attack import Attack, AttackContext
 from fedsim.errors import RunError
+from fedsim.local import GradientHook, StepHook
 from fedsim.plugins import Parameters, parameter, register
 
 
@@ -43,6 +44,7 @@ class ModelReplacement(Attack):
     """
 
     paper = "Bagdasaryan et al., How To Backdoor Federated Learning, AISTATS 2020, arXiv 1807.00459"
+    cost = "an honest round"
     Parameters = ModelReplacementParameters
 
     def on_gradient(self, context: AttackContext) -> GradientHook | None:

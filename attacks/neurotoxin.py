@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from attacks._projection import project_l2
-from fedsim.attack import Attack, AttackContext, Knowledge, StepInfo
+from fedsim.attack import Attack, AttackContext, Knowledge
 from fedsim.batch import Batch
 from fedsim.errors import RunError
+from fedsim.local import StepInfo
 from fedsim.plugins import Parameters, parameter, register
 
 
@@ -70,6 +71,7 @@ class Neurotoxin(Attack):
     """
 
     paper = "Zhang et al., Neurotoxin, ICML 2022, arXiv 2206.10341; code: jhcknzzm/Federated-Learning-Backdoor"
+    cost = "an honest round and a gradient pass over the benign clients' data"
     Parameters = NeurotoxinParameters
     knows = frozenset({Knowledge.OWN_DATA, Knowledge.BENIGN_DATA, Knowledge.LAST_AGGREGATE})
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from attacks._projection import project_l2
-from fedsim.attack import Attack, AttackContext, StepInfo
+from fedsim.attack import Attack, AttackContext
 from fedsim.errors import RunError
+from fedsim.local import StepInfo
 from fedsim.plugins import Parameters, parameter, register
 
 
@@ -46,6 +47,7 @@ class PGD(Attack):
     """
 
     paper = "Wang et al., Attack of the Tails, NeurIPS 2020; code: ksreenivasan/OOD_Federated_Learning"
+    cost = "an honest round (with prox two)"
     Parameters = PGDParameters
 
     def train(self, context: AttackContext) -> None:

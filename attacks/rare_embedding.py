@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedsim.attack import Attack, AttackContext, StepInfo
+from fedsim.attack import Attack, AttackContext
 from fedsim.errors import RunError
+from fedsim.local import StepInfo
 from fedsim.plugins import Parameters, parameter, register
 
 
@@ -41,6 +42,7 @@ class RareEmbedding(Attack):
     """
 
     paper = "Yoo, Kwak: Backdoor Attacks in Federated Learning by Rare Embeddings, EMNLP 2022, arXiv 2204.14017"
+    cost = "an honest round"
     tasks = ("next_word", "sentiment")
     Parameters = RareEmbeddingParameters
 

@@ -12,21 +12,19 @@ The trigger, the schedule and further craft steps are chosen independently in th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.batch import Batch
-from fedsim.layout import FlatModel
+from fedsim.layout import FlatModel, Layout
+from fedsim.local import Fit, LocalSettings, State
 from fedsim.plugins import Parameters, Plugin, parameter, register
 from fedsim.trigger import Trigger, poison_count
-
-State = dict[str, Any]
-"""What a plugin keeps between rounds: tensors, numbers, strings, lists of these. No objects."""
 
 
 class Knowledge(StrEnum):
@@ -37,62 +35,6 @@ class Knowledge(StrEnum):
     LAST_AGGREGATE = "the last aggregated update"
     BENIGN_UPDATES = "updates of benign clients"
     DEFENSE = "the defense"
-
-
-@dataclass(frozen=True)
-class LocalSettings:
-    """How one client trains in one round.
-
-    lr: learning rate, already decayed for the round. epochs: passes over the data. steps: if given, number of
-    optimiser steps instead of epochs. momentum, weight_decay: SGD's.
-    """
-
-    lr: float
-    epochs: int = 1
-    batch_size: int = 64
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    steps: int | None = None
-    lr_decay: float = 1.0
-    amp: bool = False
-    channels_last: bool = False
-
-
-GradientHook = Callable[[Tensor, Tensor], None]
-"""(gradient (T,), weights (T,)): change the gradient in place, after backward and before the step."""
-
-
-@dataclass(frozen=True)
-class StepInfo:
-    """Where in local training a step stands (all from 0)."""
-
-    epoch: int
-    batch: int
-    last_batch: bool
-
-
-StepHook = Callable[[Tensor, StepInfo], None]
-"""(weights (T,), where): change the weights in place after the optimiser's step."""
-
-
-class Fit(Protocol):
-    """Plain local training of ``model`` in place; provided by :mod:`fedsim.training`.
-
-    batches: one epoch of batches, called once an epoch. Returns the mean loss of the last epoch.
-    """
-
-    def __call__(
-        self,
-        model: FlatModel,
-        batches: Callable[[], Iterator[Batch]],
-        loss: nn.Module,
-        settings: LocalSettings,
-        *,
-        transform: Callable[[Batch], Batch] | None = None,
-        on_gradient: GradientHook | None = None,
-        on_step: StepHook | None = None,
-        lr_at: Callable[[int], float] | None = None,
-    ) -> float: ...
 
 
 @dataclass
@@ -154,6 +96,9 @@ class CoordinationKnowledge:
 
     malicious: (N,) bool. global_vector: (D,). generator: the round's stream. benign_visible: whether the attack
     declared Knowledge.BENIGN_UPDATES; if not, the benign rows it is given are NaN.
+    clients: ids behind the rows. attackers: of the malicious rows, in their order, the running number of the attacker.
+    layout: of the model. last_aggregate: (D,) the update the server applied last (needs Knowledge.LAST_AGGREGATE).
+    state: what the attack keeps, the malicious clients' merged; write into it, they get it in their next round.
     """
 
     round: int
@@ -162,6 +107,11 @@ class CoordinationKnowledge:
     num_examples: Tensor
     generator: torch.Generator
     benign_visible: bool
+    clients: tuple[int, ...] = ()
+    attackers: tuple[int, ...] = ()
+    layout: Layout | None = None
+    last_aggregate: Tensor | None = None
+    state: State = field(default_factory=dict)
 
 
 class Attack(Plugin):
@@ -207,6 +157,10 @@ class Attack(Plugin):
         Returns a tensor of the same shape; rows of benign clients are ignored.
         """
         return updates
+
+    def merge(self, states: Sequence[State]) -> State:
+        """One state of those a round's malicious clients end with (≥ 1, by attacker number); by default the last."""
+        return states[-1]
 
 
 class CraftStep(Plugin):

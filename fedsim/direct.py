@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import plugins, streams
-from fedsim.attack import Attack, AttackContext, CraftStep, LocalSettings
+from fedsim.attack import Attack, AttackContext, CraftStep
 from fedsim.batch import Batch, Examples
-from fedsim.defense import Aggregation, Defense, RoundUpdates, apply_pipeline
-from fedsim.layout import FlatModel
+from fedsim.defense import Aggregation, Defense, RoundUpdates, Server, apply_pipeline
+from fedsim.layout import FlatModel, Layout
+from fedsim.local import LocalSettings
 from fedsim.tasks.text import WordLoss
 from fedsim.training import fit, learning_rate, malicious_update
 from fedsim.trigger import Trigger
@@ -30,6 +31,8 @@ def aggregate(
     clients: Sequence[int] | None = None,
     round: int = 1,
     seed: int = 0,
+    layout: Layout | None = None,
+    server: Server | None = None,
     **parameters: Any,
 ) -> Aggregation:
     """Run one defense on one matrix of updates.
@@ -41,6 +44,8 @@ def aggregate(
     num_examples: (N,) examples per client, the weights of the mean; default: all equal.
     global_vector: (D,) the global model the clients started from; default: zeros.
     trainable: length of the trainable part of the vector; default: all of it.
+    layout: of the model behind the vectors, for methods that look at layers; default: the server's, if given.
+    server: a network and data at the server, for methods that need them; see :func:`make_server`.
     parameters: the defense's own.
 
     Returns
@@ -77,7 +82,55 @@ def aggregate(
             clients=tuple(clients) if clients is not None else tuple(range(n)),
             round=round,
             seed=seed,
+            layout=server.model.layout if layout is None and server is not None else layout,
+            server=server,
         ),
+    )
+
+
+def make_server(
+    model: nn.Module,
+    classes: int,
+    *,
+    data: Batch | tuple[Tensor, Tensor] | None = None,
+    shape: Sequence[int] = (),
+    loss: nn.Module | None = None,
+    settings: LocalSettings | None = None,
+    round: int = 1,
+    seed: int = 0,
+) -> Server:
+    """A server for :func:`aggregate` and for a defense's ``broadcast`` and ``evaluate``.
+
+    Parameters
+    ----------
+    model: the network; it is copied. data: (inputs, labels) at the server, float images (B, …) or words int64 (B, T).
+    shape: of one random input with values in [0, 1); default: that of ``data``. loss: default: cross-entropy.
+    settings: how honest clients train in this round; default: SGD with lr 0.1.
+    """
+    flat = FlatModel(copy.deepcopy(model))
+    held = None if data is None else Batch(*data)
+    like = tuple(shape) if shape or held is None else tuple(held.inputs.shape[1:])
+
+    def epoch(size: int, generator: torch.Generator) -> Callable[[], Iterator[Batch]]:
+        assert held is not None
+
+        def batches() -> Iterator[Batch]:
+            for rows in torch.split(torch.randperm(len(held.labels), generator=generator), size):
+                yield Batch(held.inputs[rows], held.labels[rows])
+
+        return batches
+
+    return Server(
+        model=flat,
+        loss=nn.CrossEntropyLoss() if loss is None else loss,
+        fit=fit,
+        settings=LocalSettings(lr=0.1) if settings is None else settings,
+        classes=classes,
+        random_inputs=lambda count, generator: torch.rand((count, *like), generator=generator).to(flat.vector.dtype),
+        data=held,
+        epoch=None if held is None else epoch,
+        round=round,
+        seed=seed,
     )
 
 

@@ -30,9 +30,11 @@ from fedsim.federation.evaluation import Evaluator
 from fedsim.federation.grids import InProcessGrid, LocalGrid
 from fedsim.federation.schedule import RoundPlan, plan, plan_problems
 from fedsim.federation.server import play
+from fedsim.federation.server_data import server_maker
 from fedsim.federation.setup import prepare
 from fedsim.federation.strategy import FederatedStrategy, RoundRecord
 from fedsim.layout import FlatModel, Layout
+from fedsim.local import State
 from fedsim.recording import checkpoint, manifest
 from fedsim.recording.checkpoint import Checkpoint
 from fedsim.recording.directory import locked, new_directory
@@ -251,6 +253,7 @@ class _Experiment:
         if config.training.warm_start is not None:
             model.load(_warm_start(Path(config.training.warm_start), self.layout).to(self.device))
         self.initial = model.vector.clone()
+        self.serve = server_maker(config, task, model, data, setup.server)
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.described = task.describe(data)
         self.evaluator = Evaluator(task, model, data, setup.trigger, config.evaluation.batch_size, threads)
@@ -310,6 +313,9 @@ class _Experiment:
             attack=self.attack,
             measure=self.evaluator.measure,
             on_round=lambda record: self._round_done(strategy, tables, record),
+            serve=self.serve,
+            trigger=self.evaluator.trigger,
+            trigger_state=self._final_trigger() if honest else None,
             honest=honest,
         )
         self._restore(strategy, tables)
@@ -329,6 +335,15 @@ class _Experiment:
             write_atomic(directory / "model.safetensors", lambda path: path.write_bytes(raw))
         tables.finish()
 
+    def _final_trigger(self) -> State:
+        """What a learnt trigger became in the run: the twin's floor is measured with that."""
+        if self.evaluator.trigger is None or not self.evaluator.trigger.learnt():
+            return {}
+        found, damaged = checkpoint.load(self.directory / "checkpoints", self.config_hash)
+        if found is None:
+            raise InputError(f"the run's last checkpoint is missing or damaged {damaged}; start the run anew")
+        return dict(found.state["trigger"])
+
     def _restore(self, strategy: FederatedStrategy, tables: Tables) -> None:
         found, damaged = checkpoint.load(tables.directory / "checkpoints", self.config_hash)
         for line in damaged:
@@ -343,6 +358,7 @@ class _Experiment:
             last = state["last_aggregate"]
             strategy.last_aggregate = None if last is None else _fitting(last, self.initial)
             strategy.attack_state = dict(state["attack"])
+            strategy.trigger_state = dict(state["trigger"])
             for stage, kept in zip(strategy.stages, state["defense"], strict=True):
                 stage.state = dict(kept)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -365,6 +381,7 @@ class _Experiment:
                 "global_vector": strategy.global_vector,
                 "last_aggregate": strategy.last_aggregate,
                 "attack": strategy.attack_state,
+                "trigger": strategy.trigger_state,
                 "defense": [stage.state for stage in strategy.stages],
             }
             checkpoint.save(tables.directory / "checkpoints", Checkpoint(record.round, state), self.config_hash)

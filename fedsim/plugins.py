@@ -108,6 +108,7 @@ class Plugin:
     name: the short name configs and checkpoints hold; set by :func:`register`.
     paper: where the method comes from (title, arXiv number or venue).
     tasks: names of the task families it is for; empty: any.
+    cost: of methods, in a few words: what time and memory grow with (N clients, D weights).
     Parameters: a frozen dataclass of the method's own parameters.
     """
 
@@ -115,6 +116,7 @@ class Plugin:
     name: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     tasks: ClassVar[tuple[str, ...]] = ()
+    cost: ClassVar[str] = ""
     Parameters: ClassVar[type[Parameters]] = Parameters
 
     def __init__(self, parameters: Any = None) -> None:

@@ -8,18 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedsim.attack import (
-    Attack,
-    AttackContext,
-    CraftStep,
-    GradientHook,
-    LocalSettings,
-    StepHook,
-    StepInfo,
-)
+from fedsim.attack import Attack, AttackContext, CraftStep
 from fedsim.batch import Batch, State, outputs_of
 from fedsim.errors import RunError
 from fedsim.layout import FlatModel
+from fedsim.local import GradientHook, LocalSettings, StepHook, StepInfo
 
 
 def learning_rate(lr: float, decay: float, round: int) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from torch import Tensor
 from fedsim.batch import Batch, Examples
 from fedsim.data import Data
 from fedsim.errors import InputError
+from fedsim.local import State
 from fedsim.plugins import Parameters, Plugin, parameter
+
+if TYPE_CHECKING:
+    from fedsim.attack import AttackContext
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,10 @@ class Trigger(Plugin):
     """What the backdoor is. Subclasses are either patterns (:class:`StampTrigger`) or sets of examples.
 
     ``prepare`` is called once per process with the task's data before anything else.
+
+    A trigger that is learnt overrides ``optimise``. Before the clients of a malicious round start, one of the
+    colluders runs it on its own data; what it writes into ``state`` is checkpointed, reaches every colluder of the
+    round, and the held-out examples are stamped with it from then on. An empty state is the trigger as prepared.
     """
 
     kind: ClassVar[str] = "trigger"
@@ -38,6 +46,21 @@ class Trigger(Plugin):
     Parameters: ClassVar[type[Parameters]] = TriggerParameters
     parts: ClassVar[int] = 1
     """Number of parts a distributed trigger is split into; one attacker stamps one part."""
+
+    def __init__(self, parameters: Any = None) -> None:
+        super().__init__(parameters)
+        self.state: State = {}
+
+    @classmethod
+    def learnt(cls) -> bool:
+        """Whether the trigger is optimised in the course of a run."""
+        return cls.optimise is not Trigger.optimise
+
+    def optimise(self, context: AttackContext) -> None:
+        """Improve the trigger on one colluder's data, against the global model; write the result into ``state``.
+
+        ``context.model`` holds the global model and may be used freely; ``context.state`` is the attack's, read only.
+        """
 
     @property
     def target(self) -> int:

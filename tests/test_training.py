@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import plugins
-from fedsim.attack import Attack, AttackContext, LocalSettings, StepInfo
+from fedsim.attack import Attack, AttackContext
 from fedsim.batch import Batch
 from fedsim.errors import RunError
 from fedsim.layout import FlatModel
+from fedsim.local import LocalSettings, StepInfo
 from fedsim.streams import generator
 from fedsim.training import fit, learning_rate, malicious_update
 

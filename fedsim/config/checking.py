@@ -235,6 +235,9 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         if _touches(broken, f"defense.{i}"):
             continue
         cls: Any = plugins.get("defense", stage.name)
+        if cls.needs_data and config.server_data.examples == 0 and not _touches(broken, "server_data"):
+            message = f"{stage.name!r} needs data at the server; set some aside: server_data: {{examples: 100}}"
+            problems.append(Problem("server_data.examples", message))
         combiners += cls.aggregates()
         if cls.aggregates() and combiners > 1:
             problems.append(Problem(f"defense.{i}", "only one stage of a pipeline may bring an aggregation rule"))
@@ -281,6 +284,7 @@ def _all_plugins(config: Config) -> Iterable[tuple[str, str, str, Parameters]]:
         ("task.data", config.task.data),
         ("task.model", config.task.model),
         ("federation.partition", config.federation.partition),
+        *([("server_data.other", config.server_data.other)] if config.server_data.source == "other" else []),
     ):
         yield path, one.kind, one.name, one.parameters
     if config.attack is not None:

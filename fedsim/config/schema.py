@@ -122,6 +122,19 @@ class AttackConfig(MethodSection):
 
 
 @dataclass
+class ServerDataConfig:
+    """Data at the server, for the defenses that need some. Nobody else trains or is measured on them."""
+
+    examples: int = parameter(0, "how many; 0: none", ge=0)
+    source: str = parameter(
+        "train",
+        "train, test: kept back from that part of the task's data; other: another data set's; noise: random inputs",
+        choices=("train", "test", "other", "noise"),
+    )
+    other: Choice = choice("dataset", "mnist5k", "data set that source: other takes them from (labels are random)")
+
+
+@dataclass
 class EvaluationConfig:
     """What is measured, and when."""
 
@@ -165,6 +178,7 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     attack: AttackConfig | None = field(default_factory=AttackConfig)
     defense: list[Choice] = choices("defense", "stages of the server's pipeline, in order; empty: plain FedAvg")
+    server_data: ServerDataConfig = field(default_factory=ServerDataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

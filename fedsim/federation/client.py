@@ -15,15 +15,33 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedsim import plugins, streams
-from fedsim.attack import Attack, AttackContext, CraftStep, Knowledge, LocalSettings
+from fedsim.attack import Attack, AttackContext, CraftStep, Knowledge
 from fedsim.batch import Batch, outputs_of
 from fedsim.config import Config
 from fedsim.data import Data
+from fedsim.defense import Defense, HonestContext
 from fedsim.federation.messages import pack_state, to_record, to_vector, unpack_state
 from fedsim.layout import FlatModel
+from fedsim.local import LocalSettings
 from fedsim.tasks.base import Task
 from fedsim.training import fit, learning_rate, malicious_update
 from fedsim.trigger import Trigger
+
+
+def honest_settings(config: Config, round: int) -> LocalSettings:
+    """How an honest client trains in a round."""
+    t = config.training
+    return LocalSettings(
+        lr=learning_rate(t.lr, t.lr_decay, round),
+        epochs=t.local_epochs,
+        batch_size=t.batch_size,
+        momentum=t.momentum,
+        weight_decay=t.weight_decay,
+        steps=t.local_steps,
+        lr_decay=t.lr_decay,
+        amp=t.amp,
+        channels_last=t.channels_last,
+    )
 
 
 def initial_module(config: Config, data: Data) -> torch.nn.Module:
@@ -55,20 +73,12 @@ class ClientRuntime:
             self.trigger.prepare(data)
             self.craft = [step.create() for step in config.attack.craft]
 
+        stages: list[Defense] = [stage.create() for stage in config.defense]
+        self.client_side = [stage for stage in stages if stage.client_side()]
+
     def settings(self, round: int) -> LocalSettings:
         """How an honest client trains in a round."""
-        t = self.config.training
-        return LocalSettings(
-            lr=learning_rate(t.lr, t.lr_decay, round),
-            epochs=t.local_epochs,
-            batch_size=t.batch_size,
-            momentum=t.momentum,
-            weight_decay=t.weight_decay,
-            steps=t.local_steps,
-            lr_decay=t.lr_decay,
-            amp=t.amp,
-            channels_last=t.channels_last,
-        )
+        return honest_settings(self.config, round)
 
     def attacker_settings(self, round: int) -> LocalSettings:
         """How a malicious client trains: as everybody, but for what the attack section says."""
@@ -100,25 +110,61 @@ class ClientRuntime:
         global_vector = to_vector(content["arrays"]).to(self.device)
         self.model.load(global_vector)
         seed = self.config.seed
-        _seed_torch(streams.derive(seed, "torch", round, client), self.device)
+        seed_torch(streams.derive(seed, "torch", round, client), self.device)
         generator = streams.generator(seed, "client", round, client)
         batches = self.batches(client, generator)
         reply = RecordDict()
         metrics: dict[str, Any] = {"num-examples": len(self.parts[client])}
         if bool(order["malicious"]) and self.attack is not None:
             context = self._context(order, content, global_vector, batches, generator)
-            update = malicious_update(self.attack, context, self.craft)
-            vector = global_vector + update
+            assert self.trigger is not None
+            self.trigger.state = unpack_state(content, "trigger")
+            if order.get("optimise"):
+                self.trigger.optimise(context)
+                return pack_state(self.trigger.state, "trigger")
+            vector = global_vector + malicious_update(self.attack, context, self.craft)
             metrics.update({f"attack-{name}": float(value) for name, value in context.metrics.items()})
-            if context.state:
-                reply = pack_state(context.state)
+            reply = pack_state(context.state)
         else:
-            metrics["train-loss"] = fit(self.model, batches, self.loss, self.settings(round))
-            vector = self.model.vector.clone()
+            metrics["train-loss"], vector = self._honest(round, client, global_vector, batches, generator)
         reply["arrays"] = to_record(vector)
         metrics["seconds"] = time.perf_counter() - started
         reply["metrics"] = MetricRecord(metrics)
         return reply
+
+    def _honest(
+        self,
+        round: int,
+        client: int,
+        global_vector: Tensor,
+        batches: Callable[[], Iterator[Batch]],
+        generator: torch.Generator,
+    ) -> tuple[float, Tensor]:
+        """Plain local training, with what the defense asks of honest clients: (training loss, local model (D,))."""
+        settings = self.settings(round)
+        if not self.client_side:
+            return fit(self.model, batches, self.loss, settings), self.model.vector.clone()
+        start = global_vector.clone()
+        contexts = [
+            HonestContext(self.model, start, batches, self.loss, settings, self.data.classes, generator, round, client)
+            for _ in self.client_side
+        ]
+        sides = list(zip(self.client_side, contexts, strict=True))
+
+        def transform(batch: Batch) -> Batch:
+            for stage, context in sides:
+                batch = stage.client_batch(batch, context)
+            return batch
+
+        def on_gradient(gradient: Tensor, weights: Tensor) -> None:
+            for stage, context in sides:
+                stage.client_gradient(gradient, weights, context)
+
+        loss = fit(self.model, batches, self.loss, settings, transform=transform, on_gradient=on_gradient)
+        update = self.model.vector - start
+        for stage, context in sides:
+            update = stage.client_update(update, context)
+        return loss, start + update
 
     def _context(
         self,
@@ -186,7 +232,7 @@ class ClientRuntime:
         return float(right / total)
 
 
-def _seed_torch(seed: int, device: torch.device) -> None:
+def seed_torch(seed: int, device: torch.device) -> None:
     """Seed the generator that dropout draws from (``torch.manual_seed`` formats a stack trace for every absent GPU)."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

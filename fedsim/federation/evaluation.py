@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedsim.batch import Batch, Examples, State, outputs_of
 from fedsim.data import Data
+from fedsim.defense import Defense, HeldOut, Server, prefixes
 from fedsim.layout import FlatModel
 from fedsim.tasks.base import Task
 from fedsim.trigger import Trigger
@@ -29,6 +30,7 @@ class Measurement:
 
     perplexity: exp(loss), where the task counts it and it is a number.
     class_accuracy: per true class; NaN for one without examples.
+    defense: what the defense's stages measured besides, ``stage.name`` → value.
     """
 
     main_accuracy: float
@@ -37,6 +39,7 @@ class Measurement:
     asr_examples: int | None
     perplexity: float | None = None
     class_accuracy: tuple[float, ...] | None = None
+    defense: dict[str, float] = field(default_factory=dict)
 
 
 class Evaluator:
@@ -57,8 +60,8 @@ class Evaluator:
         self.batch_size = batch_size
         self.pool = ThreadPoolExecutor(threads) if threads > 1 and model.device.type == "cpu" else None
 
-    def measure(self, vector: Tensor) -> Measurement:
-        """Main accuracy and loss, and the ASR, of the model ``vector`` (D,)."""
+    def measure(self, vector: Tensor, stages: Sequence[Defense] = (), server: Server | None = None) -> Measurement:
+        """Main accuracy and loss, the ASR, and what the defense measures, of the model ``vector`` (D,)."""
         self.model.load(vector.to(self.model.device))
         self.model.module.eval()
         counted = list(self._counted(self.test, lambda batch: batch, self.task.count))
@@ -78,7 +81,23 @@ class Evaluator:
             asr_examples=examples,
             perplexity=math.exp(loss) if self.task.perplexity and loss < _LARGEST else None,
             class_accuracy=None if rates is None else tuple((rates[0] / rates[1]).tolist()),
+            defense={} if server is None else self._defense(vector, stages, server),
         )
+
+    def _defense(self, vector: Tensor, stages: Sequence[Defense], server: Server) -> dict[str, float]:
+        def batches(examples: Examples, change: Callable[[Batch], Batch]) -> Iterator[Batch]:
+            return (change(b) for each in self.task.passes(examples, self.batch_size) for b in each())
+
+        triggered, trigger = self.triggered, self.trigger
+        held_out = HeldOut(
+            lambda: batches(self.test, lambda batch: batch),
+            None if triggered is None or trigger is None else lambda: batches(triggered, trigger.test),
+        )
+        return {
+            f"{prefix}.{name}": float(value)
+            for stage, prefix in zip(stages, prefixes(stages), strict=True)
+            for name, value in stage.evaluate(vector, held_out, server).items()
+        }
 
     def _counted(
         self, examples: Examples, change: Callable[[Batch], Batch], count: Callable[[Tensor, Tensor], T]

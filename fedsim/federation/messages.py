@@ -91,19 +91,19 @@ def to_vector(record: ArrayRecord | MetricRecord | ConfigRecord) -> Tensor:
         return torch.from_numpy(array)
 
 
-def pack_state(state: dict[str, Any]) -> RecordDict:
+def pack_state(state: dict[str, Any], name: str = "state") -> RecordDict:
     """A plugin's state (tensors, numbers, text, lists, nested) as records; see :func:`split_state`."""
     tensors, text = split_state(state)
-    return RecordDict({"state-arrays": _record(tensors), "state": ConfigRecord({"json": text})})
+    return RecordDict({f"{name}-arrays": _record(tensors), name: ConfigRecord({"json": text})})
 
 
-def unpack_state(content: RecordDict) -> dict[str, Any]:
-    """The state in a message, {} if it carries none."""
-    if "state" not in content.config_records:
+def unpack_state(content: RecordDict, name: str = "state") -> dict[str, Any]:
+    """The state of that name in a message, {} if it carries none."""
+    if name not in content.config_records:
         return {}
-    arrays = content.array_records["state-arrays"]
-    tensors = {name: torch.from_numpy(np.array(array.numpy())) for name, array in arrays.items()}
-    state: dict[str, Any] = join_state(tensors, str(content.config_records["state"]["json"]))
+    arrays = content.array_records[f"{name}-arrays"]
+    tensors = {key: torch.from_numpy(np.array(array.numpy())) for key, array in arrays.items()}
+    state: dict[str, Any] = join_state(tensors, str(content.config_records[name]["json"]))
     return state
 
 

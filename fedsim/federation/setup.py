@@ -11,9 +11,11 @@ import torch
 from flwr.app import Context
 from torch import Tensor
 
+from fedsim.batch import Examples
 from fedsim.config import Config, load_config
 from fedsim.data import Data
 from fedsim.federation.client import ClientRuntime
+from fedsim.federation.server_data import set_aside
 from fedsim.streams import numpy_generator
 from fedsim.tasks.base import Dataset
 from fedsim.tasks.partition import Partition
@@ -25,11 +27,13 @@ class Setup:
     """data: decoded once, cut to the sizes asked for. parts: indices of every client's training examples.
 
     trigger: prepared with the data; None where the config has no attack section.
+    server: examples at the server, nobody else's; None where the config sets none aside.
     """
 
     data: Data
     parts: list[Tensor]
     trigger: Trigger | None
+    server: Examples | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -53,14 +57,17 @@ def prepare(config: Config) -> Setup:
     data: Data = config.task.create().encode(raw)
     trigger: Trigger | None = None
     rows = torch.arange(len(data.train))
+    tested = torch.arange(len(data.test))
     if config.attack is not None:
         made: Trigger = config.attack.trigger.create()
         made.prepare(data)
         rows = rows[~torch.isin(rows, made.excluded(data.train))]
         trigger = made
+    server, rows, tested = set_aside(config, data, rows, tested)
+    data = replace(data, test=data.test.subset(tested)) if len(tested) < len(data.test) else data
     partition: Partition = config.federation.partition.create()
     parts = partition.split(data.train.subset(rows), config.federation.clients, config.seed)
-    return Setup(data, [rows[part] for part in parts], trigger)
+    return Setup(data, [rows[part] for part in parts], trigger, server)
 
 
 def _cut(examples: Any, count: int | None, seed: int, part: str) -> Any:

@@ -17,12 +17,14 @@ from torch import Tensor
 from fedsim import streams
 from fedsim.attack import Attack, CoordinationKnowledge, Knowledge
 from fedsim.config import Config
-from fedsim.defense import Aggregation, Defense, RoundUpdates, apply_pipeline
+from fedsim.defense import Aggregation, Defense, RoundUpdates, Server, apply_pipeline, require
 from fedsim.errors import RunError
 from fedsim.federation.evaluation import Measurement
 from fedsim.federation.messages import pack_state, to_record, to_vector, unpack_state
 from fedsim.federation.schedule import RoundPlan
 from fedsim.layout import Layout
+from fedsim.local import State
+from fedsim.trigger import Trigger
 
 _REGISTRATION_SECONDS = 60.0
 """How long the first round waits for nodes to register (with our own grids they are there at once)."""
@@ -77,6 +79,7 @@ class FederatedStrategy(Strategy):
     global_vector: (D,) the global model after the last finished round.
     last_aggregate: (D,) the update applied last, or None.
     attack_state: what the attack keeps between malicious rounds.
+    trigger_state: what a learnt trigger has become; the evaluator's trigger has it, too.
     start_round: rounds already played (a resumed run counts on from here).
     on_round: called with the record of each finished round, before the next begins.
     """
@@ -91,8 +94,11 @@ class FederatedStrategy(Strategy):
         stages: list[Defense],
         *,
         attack: Attack | None,
-        measure: Callable[[Tensor], Measurement],
+        measure: Callable[[Tensor, list[Defense], Server | None], Measurement],
         on_round: Callable[[RoundRecord], None],
+        serve: Callable[[int], Server] | None = None,
+        trigger: Trigger | None = None,
+        trigger_state: State | None = None,
         honest: bool = False,
         start_round: int = 0,
     ) -> None:
@@ -100,9 +106,12 @@ class FederatedStrategy(Strategy):
         self.global_vector, self.sizes, self.stages = global_vector, sizes, stages
         self.attack, self.measure, self.on_round = attack, measure, on_round
         self.honest, self.start_round = honest, start_round
+        self.serve, self.trigger = serve, trigger
+        self.trigger_state = {} if trigger_state is None else trigger_state
         self.last_aggregate: Tensor | None = None
-        self.attack_state: dict[str, Any] = {}
+        self.attack_state: State = {}
         self._nodes: list[int] = []
+        self._server: Server | None = None
         self._matrix: Tensor | None = None
         self._started = 0.0
         self._record: RoundRecord | None = None
@@ -115,17 +124,47 @@ class FederatedStrategy(Strategy):
         """One message per replying client; they share one ArrayRecord."""
         self._started = time.perf_counter()
         plan = self.plan[server_round + self.start_round - 1]
-        nodes = self._find_nodes(grid)
-        total = sum(self.sizes[client] for client in plan.replying)
-        return [
-            Message(
-                self._content(plan, client, arrays, total),
-                dst_node_id=nodes[client],
-                message_type=MessageType.TRAIN,
-                group_id=str(plan.round),
-            )
-            for client in plan.replying
-        ]
+        self._find_nodes(grid)
+        self._server = None if self.serve is None else self.serve(plan.round)
+        sent = self.global_vector
+        for stage in self.stages:
+            if type(stage).broadcast is not Defense.broadcast:
+                sent = stage.broadcast(sent, require(stage, self._server))
+                if sent.shape != self.global_vector.shape or not bool(torch.isfinite(sent).all()):
+                    raise RunError(f"round {plan.round}, defense {stage.name!r}: broadcast made an unusable model")
+        if sent is not self.global_vector:
+            self.global_vector = sent
+            arrays = to_record(sent)
+        if self.trigger is not None and self.trigger.learnt() and not self.honest:
+            self._optimise(plan, arrays, grid)
+        return [self._message(plan, client, arrays) for client in plan.replying]
+
+    def _message(self, plan: RoundPlan, client: int, arrays: ArrayRecord, *, optimise: bool = False) -> Message:
+        return Message(
+            self._content(plan, client, arrays, optimise),
+            dst_node_id=self._nodes[client],
+            message_type=MessageType.TRAIN,
+            group_id=str(plan.round),
+        )
+
+    def _optimise(self, plan: RoundPlan, arrays: ArrayRecord, grid: Grid) -> None:
+        """Let the first of the colluders improve the trigger, before any of them trains with it."""
+        colluders = sorted((number, c) for c, number in plan.malicious.items() if c in plan.replying)
+        if not colluders or self.trigger is None:
+            return
+        client = colluders[0][1]
+        for reply in grid.send_and_receive([self._message(plan, client, arrays, optimise=True)]):
+            if reply.has_error():
+                if reply.error.code != ErrorCode.CLIENT_APP_CRASHED:
+                    raise RunError(f"round {plan.round}, client {client} failed:\n{reply.error.reason}")
+                return  # its worker died, more than once: the trigger stays as it is
+            self.trigger_state = unpack_state(reply.content, "trigger")
+        self._use_trigger()
+
+    def _use_trigger(self) -> None:
+        """Give the evaluator's trigger the current state, on the model's device."""
+        if self.trigger is not None:
+            self.trigger.state = self.trigger_state
 
     def _find_nodes(self, grid: Grid) -> list[int]:
         """The node of every client: the ascending node ids, fixed once all have registered.
@@ -143,11 +182,11 @@ class FederatedStrategy(Strategy):
                 time.sleep(0.1)
         return self._nodes
 
-    def _content(self, plan: RoundPlan, client: int, arrays: ArrayRecord, total: int) -> RecordDict:
+    def _content(self, plan: RoundPlan, client: int, arrays: ArrayRecord, optimise: bool) -> RecordDict:
         malicious = client in plan.malicious and not self.honest
         content = RecordDict()
-        if malicious and self.attack_state:
-            content = pack_state(self.attack_state)
+        if malicious:
+            content = RecordDict({**pack_state(self.attack_state), **pack_state(self.trigger_state, "trigger")})
         content["arrays"] = arrays
         content["config"] = ConfigRecord(
             {
@@ -156,13 +195,16 @@ class FederatedStrategy(Strategy):
                 "malicious": malicious,
                 "attacker": plan.malicious.get(client, 0),
                 "participants": len(plan.replying),
-                "total-examples": total,
+                "total-examples": sum(self.sizes[c] for c in plan.replying),
+                "optimise": optimise,
             }
         )
-        sees = frozenset() if self.attack is None else self.attack.knowledge(self.attack.parameters)
-        if malicious and Knowledge.LAST_AGGREGATE in sees and self.last_aggregate is not None:
+        if malicious and Knowledge.LAST_AGGREGATE in self._sees() and self.last_aggregate is not None:
             content["last-aggregate"] = to_record(self.last_aggregate)
         return content
+
+    def _sees(self) -> frozenset[Knowledge]:
+        return frozenset() if self.attack is None else self.attack.knowledge(self.attack.parameters)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -208,7 +250,8 @@ class FederatedStrategy(Strategy):
         every, last = self.config.evaluation.every, len(self.plan)
         if number % every == 0 or number == last:
             started = time.perf_counter()
-            record.measurement = self.measure(self.global_vector)
+            self._use_trigger()
+            record.measurement = self.measure(self.global_vector, self.stages, self._server)
             record.seconds["evaluate"] = time.perf_counter() - started
         self.on_round(record)
         return None
@@ -232,6 +275,7 @@ class FederatedStrategy(Strategy):
             malicious = self._is_malicious(plan, c)
             records[c] = ClientRecord(c, malicious, self.sizes[c], "failed", reason="no reply in time")
         rows: list[int] = []
+        states: dict[int, State] = {}
         client_seconds: list[float] = []
         attack_seconds: dict[str, float] = {}
         for client, reply in replies.items():
@@ -251,11 +295,13 @@ class FederatedStrategy(Strategy):
             metrics = reply.content["metrics"]
             client_seconds.append(_number(metrics.get("seconds")))
             if malicious:
-                self.attack_state = unpack_state(reply.content) or self.attack_state
+                states[plan.malicious[client]] = unpack_state(reply.content)
                 for name, value in metrics.items():
                     if name.startswith("attack-"):
                         attack_seconds[name.replace("-", "_")] = _number(value)
                 attack_seconds["malicious_client"] = client_seconds[-1]
+        if states and self.attack is not None:
+            self.attack_state = self.attack.merge([states[number] for number in sorted(states)])
         slowest = {"slowest_client": max(client_seconds)} if client_seconds else {}
         return rows, records, {**slowest, **attack_seconds}
 
@@ -287,7 +333,7 @@ class FederatedStrategy(Strategy):
         examples = torch.tensor([records[c].examples for c in rows], dtype=dtype, device=device)
         malicious = torch.tensor([self._is_malicious(plan, c) for c in rows], device=device)
         if self.attack is not None and bool(malicious.any()):
-            updates = self._coordinate(plan, updates, malicious, examples)
+            updates = self._coordinate(plan, rows, updates, malicious, examples)
         weights = examples.clone() if self.config.federation.weighting == "examples" else torch.ones_like(examples)
         round = RoundUpdates(
             updates=updates,
@@ -300,11 +346,14 @@ class FederatedStrategy(Strategy):
             round=plan.round,
             seed=self.config.seed,
             layout=self.layout,
+            server=self._server,
         )
         self._norms = torch.linalg.vector_norm(updates, dim=1)
         return apply_pipeline(self.stages, round)
 
-    def _coordinate(self, plan: RoundPlan, updates: Tensor, malicious: Tensor, examples: Tensor) -> Tensor:
+    def _coordinate(
+        self, plan: RoundPlan, rows: list[int], updates: Tensor, malicious: Tensor, examples: Tensor
+    ) -> Tensor:
         """Let colluders act together; they see benign rows only if they declared it."""
         assert self.attack is not None
         if type(self.attack).coordinate is Attack.coordinate:
@@ -318,6 +367,11 @@ class FederatedStrategy(Strategy):
             num_examples=examples,
             generator=streams.generator(self.config.seed, "coordinate", plan.round, device=updates.device),
             benign_visible=visible,
+            clients=tuple(rows),
+            attackers=tuple(plan.malicious[c] for c in rows if self._is_malicious(plan, c)),
+            layout=self.layout,
+            last_aggregate=self.last_aggregate if Knowledge.LAST_AGGREGATE in self._sees() else None,
+            state=self.attack_state,
         )
         made = self.attack.coordinate(shown.clone(), knowledge)
         if made.shape != updates.shape or not bool(torch.isfinite(made[malicious]).all()):

@@ -29,6 +29,7 @@ ROUNDS = pa.schema(
         ("asr_examples", pa.int64()),
         ("malicious_submitted", pa.int64()),
         ("malicious_accepted", pa.int64()),
+        ("defense", pa.map_(pa.string(), pa.float64())),
     ]
 )
 CLIENTS = pa.schema(
@@ -62,6 +63,7 @@ def round_row(record: RoundRecord) -> dict[str, Any]:
         "asr_examples": m and m.asr_examples,
         "malicious_submitted": record.malicious_submitted,
         "malicious_accepted": record.malicious_accepted,
+        "defense": sorted(m.defense.items()) if m else [],
     }
 
 
@@ -157,7 +159,7 @@ class Tables:
         (self.directory / JOURNAL).unlink(missing_ok=True)
 
     def _take(self, entry: dict[str, Any]) -> None:
-        one, timings = entry["round"], entry["timings"]
+        one, timings = {**entry["round"], "defense": list(map(tuple, entry["round"]["defense"]))}, entry["timings"]
         clients = [{**row, "scores": list(map(tuple, row["scores"]))} for row in entry["clients"]]  # JSON has lists
         self.rounds.append(one)
         self.clients += clients

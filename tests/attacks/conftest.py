@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import plugins, streams
-from fedsim.attack import AttackContext, LocalSettings
+from fedsim.attack import AttackContext
 from fedsim.batch import Batch
 from fedsim.data import Corpus, Texts
 from fedsim.layout import FlatModel
+from fedsim.local import LocalSettings
 from fedsim.training import fit
 from fedsim.trigger import StampTrigger
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from attacks._projection import project_l2
 from fedsim import plugins
-from fedsim.attack import Attack, AttackContext, Knowledge, LocalSettings
+from fedsim.attack import Attack, AttackContext, Knowledge
 from fedsim.batch import Batch
 from fedsim.direct import LocalAttack, local_attack
 from fedsim.errors import RunError
 from fedsim.layout import FlatModel
+from fedsim.local import LocalSettings
 
 Scene = Callable[..., dict[str, Any]]
 MakeContext = Callable[..., AttackContext]

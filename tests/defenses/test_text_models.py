@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim import plugins
-from fedsim.attack import LocalSettings
 from fedsim.batch import Batch
 from fedsim.defense import Defense, RoundUpdates, apply_pipeline
 from fedsim.layout import FlatModel
+from fedsim.local import LocalSettings
 from fedsim.tasks.text import WordLoss
 from fedsim.training import fit
 

@@ -186,7 +186,7 @@ def test_a_round_of_flowers_fedavg_is_a_round_of_ours(
         sizes,
         [],
         attack=None,
-        measure=lambda vector: Measurement(0.5, 1.0, None, None),
+        measure=lambda vector, stages, server: Measurement(0.5, 1.0, None, None),
         on_round=lambda record: None,
     )
     play(ours, grid)

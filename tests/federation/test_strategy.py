@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from torch import Tensor, nn
 
-from fedsim.attack import Attack, CoordinationKnowledge, Knowledge
+from fedsim.attack import Attack, AttackContext, CoordinationKnowledge, Knowledge
 from fedsim.config import Config, build
 from fedsim.defense import Aggregated, Defense, RoundUpdates, Screening
 from fedsim.errors import RunError
@@ -25,6 +25,7 @@ from fedsim.federation.schedule import RoundPlan
 from fedsim.federation.server import play
 from fedsim.federation.strategy import FederatedStrategy, RoundRecord
 from fedsim.layout import Layout
+from fedsim.trigger import StampTrigger
 
 CLIENTS = 5
 SIZES = [10, 20, 30, 40, 50]
@@ -100,7 +101,7 @@ class Table:
             **options,
         )
 
-    def measure(self, vector: Tensor) -> Measurement:
+    def measure(self, vector: Tensor, stages: object, server: object) -> Measurement:
         self.measured.append(vector.clone())
         return Measurement(0.5, 1.0, None, None)
 
@@ -556,7 +557,8 @@ def test_attack_state_travels_to_the_next_malicious_round_and_to_attackers_only(
 
     table = Table(a_config(rounds=5), a_plan(5, malicious={2: {1: 0}, 4: {3: 1}, 5: {1: 2, 3: 3}}), attack=Attack())
     table.play(client)
-    assert set(got) == {(4, 3), (5, 1), (5, 3)}
+    assert set(got) == {(2, 1), (4, 3), (5, 1), (5, 3)}
+    assert got[2, 1] == {}, "nothing is kept before the first malicious round"
     assert got[4, 3]["rounds"] == [2]
     assert got[5, 1]["rounds"] == got[5, 3]["rounds"] == [2, 4]
     assert got[5, 1]["mask"].tolist() == [2.0, 2.0]
@@ -570,6 +572,103 @@ def test_a_benign_client_cannot_smuggle_state_in() -> None:
     table = Table(a_config(rounds=2), a_plan(2, malicious={1: {3: 0}}), attack=Attack())
     table.play(client)
     assert table.strategy.attack_state == {"mine": 3}
+
+
+class Merging(Attack):
+    """Counts with everybody, and clears what it keeps in round 3."""
+
+    def merge(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {"numbers": [state["number"] for state in states]} if states[0] else {}
+
+
+def test_colluders_states_are_merged_in_the_order_of_their_numbers_and_may_be_cleared() -> None:
+    def client(message: Message, number: int) -> RecordDict:
+        state = {} if message.content.config_records["config"]["round"] == 2 else {"number": number}
+        return RecordDict({**pack_state(state), **honest(message, number)})
+
+    table = Table(a_config(rounds=1), a_plan(1, malicious={1: {1: 7, 3: 2, 4: 5}}), attack=Merging())
+    table.play(client)
+    assert table.strategy.attack_state == {"numbers": [3, 4, 1]}
+    table = Table(a_config(rounds=2), a_plan(2, malicious={1: {1: 0}, 2: {1: 0}}), attack=Merging())
+    table.play(client)
+    assert table.strategy.attack_state == {}
+
+
+class Remembering(Attack):
+    """Its colluders see who they are and what they keep."""
+
+    knows = frozenset({Knowledge.OWN_DATA, Knowledge.LAST_AGGREGATE})
+
+    def coordinate(self, updates: Tensor, knowledge: CoordinationKnowledge) -> Tensor:
+        assert knowledge.layout is LAYOUT
+        kept = knowledge.state.setdefault("seen", [])
+        row = [knowledge.clients[int(i)] for i in torch.nonzero(knowledge.malicious)]
+        kept.append([row, list(knowledge.attackers), knowledge.last_aggregate is not None])
+        return updates
+
+
+def test_what_colluders_keep_reaches_the_clients_of_their_next_round() -> None:
+    got: list[dict[str, Any]] = []
+
+    def client(message: Message, number: int) -> RecordDict:
+        if not message.content.config_records["config"]["malicious"]:
+            return honest(message, number)
+        got.append(unpack_state(message.content))
+        return RecordDict({**pack_state(got[-1]), **honest(message, number)})
+
+    table = Table(a_config(rounds=2), a_plan(2, malicious={1: {1: 6, 4: 2}, 2: {3: 1}}), attack=Remembering())
+    table.play(client)
+    assert got[-1] == {"seen": [[[1, 4], [6, 2], False]]}
+    assert table.strategy.attack_state == {"seen": [[[1, 4], [6, 2], False], [[3], [1], True]]}
+
+
+class Learnt(StampTrigger):
+    """Its state counts how often it was improved, and by whom."""
+
+    def stamp(self, inputs: Tensor, part: int | None = None) -> Tensor:
+        return inputs
+
+    def optimise(self, context: AttackContext) -> None:
+        raise AssertionError("clients optimise, not the server")
+
+
+def test_one_colluder_improves_the_trigger_and_all_of_the_round_get_it() -> None:
+    seen: list[tuple[int, int, bool, dict[str, Any]]] = []
+
+    def client(message: Message, number: int) -> RecordDict:
+        order = message.content.config_records["config"]
+        if not order["malicious"]:
+            assert "trigger" not in message.content
+            return honest(message, number)
+        state = unpack_state(message.content, "trigger")
+        seen.append((int(order["round"]), number, bool(order["optimise"]), state))
+        if order["optimise"]:
+            return pack_state({"by": [*state.get("by", []), number]}, "trigger")
+        return honest(message, number)
+
+    trigger = Learnt()
+    measured: list[dict[str, Any]] = []
+    plan = a_plan(4, malicious={2: {1: 5, 4: 3}, 4: {2: 0}})
+    table = Table(a_config(rounds=4), plan, attack=Attack(), trigger=trigger)
+    table.strategy.measure = lambda *_: measured.append(dict(trigger.state)) or Measurement(0.5, 1.0, None, None)  # type: ignore[func-returns-value]
+    table.play(client)
+    assert seen == [
+        (2, 4, True, {}),
+        (2, 1, False, {"by": [4]}),
+        (2, 4, False, {"by": [4]}),
+        (4, 2, True, {"by": [4]}),
+        (4, 2, False, {"by": [4, 2]}),
+    ]
+    assert measured == [{}, {"by": [4]}, {"by": [4]}, {"by": [4, 2]}]
+
+
+def test_the_twin_never_improves_the_trigger_and_is_measured_with_the_one_given() -> None:
+    trigger = Learnt()
+    plan = a_plan(1, malicious={1: {1: 0}})
+    table = Table(plan=plan, attack=Attack(), trigger=trigger, trigger_state={"by": [9]}, honest=True)
+    table.play()
+    assert trigger.state == {"by": [9]}
+    assert len(table.sent) == CLIENTS
 
 
 class Follows(Attack):

@@ -32,6 +32,7 @@ def a_record(round: int, clients: int = 3) -> RoundRecord:
         asr, examples = (NAN, 0) if round == 3 else (0.5, 40)
         by_class = (1 / 3, NAN, 1.0) if round == 3 else None
         measurement = Measurement(0.1 * round, 1 / round, asr, examples, 88.1 if round == 1 else None, by_class)
+        measurement.defense.update({"crfl.radius": 0.25} if round == 1 else {})
     rows = [
         ClientRecord(0, True, 11, "ok", 1.5, True, 0.25, {"krum.distance": 1 / 3, "a.b": NAN}),
         ClientRecord(1, False, 12, "dropped"),
@@ -62,7 +63,7 @@ def parquet(directory: Path) -> dict[str, bytes]:
 def test_the_schema_is_as_documented(tmp_path: Path) -> None:
     filled(tmp_path).finish()
     text, number = "string", "double"
-    assert {f.name: str(f.type) for f in pq.read_schema(tmp_path / "rounds.parquet")} == {
+    assert {f.name: str(f.type).replace(" ('defense')", "") for f in pq.read_schema(tmp_path / "rounds.parquet")} == {
         "round": "int64",
         "main_accuracy": number,
         "main_loss": number,
@@ -72,6 +73,7 @@ def test_the_schema_is_as_documented(tmp_path: Path) -> None:
         "asr_examples": "int64",
         "malicious_submitted": "int64",
         "malicious_accepted": "int64",
+        "defense": "map<string, double>",
     }
     assert {f.name: str(f.type).replace(" ('scores')", "") for f in pq.read_schema(tmp_path / "clients.parquet")} == {
         "round": "int64",
@@ -107,6 +109,7 @@ def test_what_went_in_comes_out(tmp_path: Path) -> None:
         "asr_examples": 40,
         "malicious_submitted": 1,
         "malicious_accepted": 1,
+        "defense": [("crfl.radius", 0.25)],
     }
     measured = ("main_accuracy", "main_loss", "perplexity", "class_accuracy", "asr", "asr_examples")
     assert {rounds[1][key] for key in measured} == {None}

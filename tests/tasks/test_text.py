@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim import plugins
-from fedsim.attack import LocalSettings
 from fedsim.batch import IGNORE, Batch, Examples, Recurrent, State, outputs_of
 from fedsim.config import load_config
 from fedsim.data import Corpus, Data, Texts
 from fedsim.errors import ConfigError, InputError
 from fedsim.federation.evaluation import Evaluator, Measurement
 from fedsim.layout import FlatModel
+from fedsim.local import LocalSettings
 from fedsim.tasks.text import NextWord, Sentiment, WordLoss, cut
 from fedsim.training import fit
 from fedsim.vocabulary import PAD, SPECIALS, UNKNOWN, Vocabulary

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import plugins
-from fedsim.attack import LocalSettings
 from fedsim.batch import IGNORE, Batch, Examples, Recurrent, State, outputs_of
 from fedsim.data import Data, Texts
 from fedsim.layout import FlatModel
+from fedsim.local import LocalSettings
 from fedsim.tasks.text import NextWord, Sentiment, WordLoss
 from fedsim.tasks.triggers.text import TargetSentence, place
 from fedsim.training import fit
