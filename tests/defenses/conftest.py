@@ -14,13 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.defense import RoundUpdates
+from fedsim.direct import make_server
 from fedsim.layout import Layout
 
 with warnings.catch_warnings():  # Flower imports typer, which touches a deprecated name of click
     warnings.simplefilter("ignore", DeprecationWarning)
     import flwr.serverapp.strategy  # noqa: F401
 
-LAYOUT = Layout.of(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)))
+CLASSES = 3
+
+
+def small_network() -> nn.Module:
+    """The network behind the rounds."""
+    return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, CLASSES))
+
+
+LAYOUT = Layout.of(small_network())
 
 
 @pytest.fixture(scope="session")
@@ -53,6 +62,8 @@ def make_round() -> Callable[..., RoundUpdates]:
         source = torch.Generator().manual_seed(100 + number)
         drawn = 0.1 * torch.randn(n, LAYOUT.size, generator=source, dtype=torch.float64)
         base = torch.randn(LAYOUT.size, generator=source, dtype=torch.float64)
+        base[-4:] = 1 + base[-4:].abs()  # running variances
+        held = torch.randn(24, 6, generator=source).to(dtype), torch.randint(0, CLASSES, (24,), generator=source)
         examples = torch.randint(20, 100, (n,), generator=source)
         if updates is None:
             updates = drawn
@@ -68,6 +79,7 @@ def make_round() -> Callable[..., RoundUpdates]:
             "round": number,
             "seed": seed,
             "layout": LAYOUT,
+            "server": make_server(small_network().to(dtype), CLASSES, data=held, round=number, seed=seed),
         }
         return RoundUpdates(**{**values, **changes})
 

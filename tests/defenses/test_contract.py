@@ -55,7 +55,10 @@ def stage(request: pytest.FixtureRequest) -> Callable[[], Defense]:
 
 
 def run(stage: Defense, round: RoundUpdates) -> Aggregation:
-    return apply_pipeline([stage], round)
+    """The stage's whole round: the clients' updates are those of the round, whatever model was sent out."""
+    assert round.server is not None
+    sent = stage.broadcast(round.global_vector, round.server)
+    return apply_pipeline([stage], replace(round, global_vector=sent))
 
 
 def check(result: Aggregation, round: RoundUpdates) -> None:
@@ -134,6 +137,49 @@ def test_one_huge_update(stage: Callable[[], Defense], make_round: Rounds, dtype
     check(run(stage(), round), round)
 
 
+def test_one_update_beyond_measure(stage: Callable[[], Defense], make_round: Rounds) -> None:
+    """It may take the average with it, but nothing breaks."""
+    updates = make_round().updates.clone()
+    updates[4] *= 1e12
+    round = make_round(updates, dtype=torch.float32)
+    result = run(stage(), round)
+    assert bool(torch.isfinite(result.vector).all())
+    assert bool(torch.isfinite(result.weights).all())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("what", ["drawn", "equal", "zero", "huge"])
+def test_few_clients(stage: Callable[[], Defense], make_round: Rounds, n: int, what: str) -> None:
+    """Too few to work on is said; enough is enough, whatever they send."""
+    made, round = stage(), make_round(n=n)
+    rows = {"drawn": round.updates, "equal": round.updates[:1].expand(n, -1).clone(), "zero": 0 * round.updates}
+    rows["huge"] = torch.cat([1e6 * round.updates[:1], round.updates[1:]])
+    round = make_round(rows[what])
+    if n < made.required_clients(made.parameters):
+        with pytest.raises(RunError, match="needs at least"):
+            run(made, round)
+        return
+    result = run(made, round)
+    if bool(result.accepted.any()):
+        check(result, round)
+    else:
+        assert not bool(result.vector.any()), "nobody is accepted: the model stays"
+        assert result.weights.sum() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_says_the_same(stage: Callable[[], Defense], make_round: Rounds) -> None:
+    if stage().needs_network or stage().needs_data:
+        pytest.skip("the round's network lies on the CPU")
+    round = make_round(dtype=torch.float64)
+    tensors = ("updates", "num_examples", "weights", "accepted", "global_vector")
+    moved = replace(round, **{name: getattr(round, name).cuda() for name in tensors})
+    expected, found = apply_pipeline([stage()], round), apply_pipeline([stage()], moved)
+    assert found.vector.is_cuda
+    assert torch.equal(found.accepted.cpu(), expected.accepted)
+    torch.testing.assert_close(found.weights.cpu(), expected.weights)
+
+
 def test_least_number_of_clients(stage: Callable[[], Defense], make_round: Rounds) -> None:
     made = stage()
     need = made.required_clients(made.parameters)
@@ -210,7 +256,7 @@ def test_it_does_something(stage: Callable[[], Defense], colluders: Rounds) -> N
     round = colluders()
     plain = apply_pipeline([], round).vector
     difference = (run(stage(), round).vector - plain).norm() / plain.norm()
-    if stage().name == "fedavg":
+    if stage().name == "fedavg" or type(stage()).client_side():
         assert difference == 0
     else:
         assert difference > 1e-3
