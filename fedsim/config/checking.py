@@ -225,6 +225,12 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
         problems.append(Problem("engine.workers", f"use a whole number >= 1 or auto, not {engine.workers!r}"))
     if isinstance(engine.workers, int) and engine.workers < 1:
         problems.append(Problem("engine.workers", f"use a whole number >= 1 or auto, not {engine.workers}"))
+    if engine.client_timeout is not None and engine.name == "serial":
+        problems.append(
+            Problem(
+                "engine.client_timeout", "a client of this process cannot be stopped; use engine.name: ray, or null"
+            )
+        )
     start = config.training.warm_start
     if start is not None and not os.path.isfile(start):
         problems.append(

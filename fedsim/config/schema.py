@@ -145,7 +145,7 @@ class EvaluationConfig:
 
 @dataclass
 class EngineConfig:
-    """What it runs on. Results do not depend on anything here (on CPU)."""
+    """What it runs on. Results do not depend on anything here (on CPU), unless a client is given up."""
 
     name: str = parameter("ray", "ray: actors in processes; serial: in this process", choices=("ray", "serial"))
     workers: int | str = parameter("auto", "worker processes; auto: as many as the cores (or GPU shares) allow")
@@ -154,6 +154,9 @@ class EngineConfig:
     address: str | None = parameter(None, "address of a running Ray cluster; null: start one")
     device: str = parameter("auto", "auto: a GPU if there is one", choices=("auto", "cpu", "cuda"))
     retries: int = parameter(2, "times a client's round is run again after its worker died", ge=0)
+    client_timeout: float | None = parameter(
+        None, "seconds a client may take for a round before it counts as failed (ray only); null: no limit", gt=0
+    )
 
 
 @dataclass

@@ -98,12 +98,22 @@ def pack_state(state: dict[str, Any], name: str = "state") -> RecordDict:
 
 
 def unpack_state(content: RecordDict, name: str = "state") -> dict[str, Any]:
-    """The state of that name in a message, {} if it carries none."""
+    """The state of that name in a message, {} if it carries none.
+
+    Raises
+    ------
+    ValueError: what is there cannot be read.
+    """
     if name not in content.config_records:
         return {}
-    arrays = content.array_records[f"{name}-arrays"]
-    tensors = {key: torch.from_numpy(np.array(array.numpy())) for key, array in arrays.items()}
-    state: dict[str, Any] = join_state(tensors, str(content.config_records[name]["json"]))
+    try:
+        arrays = content.array_records[f"{name}-arrays"]
+        tensors = {key: torch.from_numpy(np.array(array.numpy())) for key, array in arrays.items()}
+        state = join_state(tensors, str(content.config_records[name]["json"]))
+    except (ValueError, LookupError, TypeError, EOFError, OSError, zipfile.BadZipFile, RecursionError) as error:
+        raise ValueError(f"its {name} cannot be read: {type(error).__name__}: {error}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"its {name} is no mapping")
     return state
 
 

@@ -1,7 +1,9 @@
 """The Grid over Ray actors: each keeps the task's data and one model resident and plays client after client.
 
 The global arrays go into the object store once a round; several small clients travel in one call; replies come
-back as zero-copy arrays. A worker that dies is replaced and its clients are played again, alone.
+back as zero-copy arrays. A worker that dies, or hangs for longer than a client may take, is replaced and its clients
+are played again, alone. A worker that finds no room any more (its node has left) is given up; with none left the run
+stops and can be resumed.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import torch
 from flwr.app import ArrayRecord, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
 
 from fedsim.errors import RunError
 from fedsim.federation.grids import RUN_ID, LocalGrid, call
@@ -37,17 +39,22 @@ WORKER_ENVIRONMENT = {
 _CALLS_AHEAD = 2  # calls queued at a worker, so that it never waits for the driver
 _LEAST_CALL_SECONDS = 0.01  # clients shorter than this share a call
 _KNOCK_SECONDS = 10.0  # for a running cluster to answer
+_START_SECONDS = 120.0  # for a worker to start: it loads torch, and the cluster may have to find room for it
 
 
 @dataclass(frozen=True)
 class Resources:
-    """workers: processes. cpus, gpus: what one reserves. address: of a running cluster, None to start one."""
+    """workers: processes. cpus, gpus: what one reserves. address: of a running cluster, None to start one.
+
+    retries: times a client is played again after its worker died. timeout: seconds a client may take, or None.
+    """
 
     workers: int
     cpus: float = 1.0
     gpus: float = 0.0
     address: str | None = None
     retries: int = 2
+    timeout: float | None = None
 
 
 class _Worker:
@@ -85,10 +92,17 @@ class _Call:
 
 @dataclass
 class _Slot:
-    """A worker and what is queued at it."""
+    """A worker and what is queued at it.
+
+    since: when the first of its calls became the first. starting: its start, until that has been seen.
+    late: the call that took too long, of a worker that is being replaced for it.
+    """
 
     actor: Any
     calls: list[_Call] = field(default_factory=list)
+    since: float = 0.0
+    starting: Any = None
+    late: _Call | None = None
 
 
 def start_ray(resources: Resources) -> bool:
@@ -171,12 +185,30 @@ class RayGrid(LocalGrid):
         self._ours = start_ray(resources) or stop_ray
         self._make_app = ray.put(make_app)
         try:
+            self._check_room()
             self._slots = [_Slot(self._spawn()) for _ in range(resources.workers)]
-            ray.get([slot.actor.ready.remote() for slot in self._slots])
+            ray.get([slot.actor.ready.remote() for slot in self._slots], timeout=_START_SECONDS)
+        except GetTimeoutError:
+            self.close()
+            raise RunError(
+                f"{resources.workers} workers did not start within {_START_SECONDS:g} s: the cluster is busy; "
+                f"lower engine.workers or engine.cpus_per_worker, or try again later"
+            ) from None
         except RayError as error:
             self.close()
             last = [line for line in str(error).splitlines() if line.strip()][-1]  # of the worker's traceback
             raise RunError(f"the workers cannot start: {last.strip()}") from error
+
+    def _check_room(self) -> None:
+        """Raise RunError where the cluster can never hold the workers."""
+        need = self.resources.workers * self.resources.cpus
+        there = float(ray.cluster_resources().get("CPU", 0.0))
+        if need > there:
+            self.close()
+            raise RunError(
+                f"{self.resources.workers} workers of {self.resources.cpus:g} cores need {need:g}; the Ray cluster has "
+                f"{there:g}: lower engine.workers or engine.cpus_per_worker"
+            )
 
     def _spawn(self) -> Any:
         remote = ray.remote(num_cpus=self.resources.cpus, num_gpus=self.resources.gpus, max_restarts=0)(_Worker)
@@ -203,22 +235,43 @@ class RayGrid(LocalGrid):
                     return
                 slot, work = min(free, key=lambda s: len(s.calls)), waiting.popleft()
                 payload = [(m, places[m.metadata.message_id]) for m in work.messages]
+                if not slot.calls:
+                    slot.since = time.monotonic()
                 slot.calls.append(work)
                 running[slot.actor.answer.remote(payload, *shared)] = (slot, work)
 
+        def lose(slot: _Slot) -> list[_Call]:
+            """Replace the worker; the calls that were queued at it."""
+            lost = [running.pop(ref)[1] for ref in [ref for ref, (other, _) in running.items() if other is slot]]
+            self._replace(slot)
+            return lost
+
         hand_out()
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1)
+        while running or waiting:
+            starting = {slot.starting: slot for slot in self._slots if slot.starting is not None}
+            pending = [*running, *starting]
+            done, _ = ray.wait(pending, num_returns=1, timeout=self._patience()) if pending else ([], [])
+            if not done:
+                for slot in self._overdue():
+                    for call_ in lose(slot):
+                        if call_ is slot.late and len(call_.messages) == 1:
+                            self._give_up(call_.messages[0], self._too_late(), replies, order)
+                        else:
+                            waiting.extend(_Call([m], call_.tries, alone=True) for m in call_.messages)
+                self._drop_slots_without_room()
+                hand_out()
+                continue
+            if done[0] in starting:
+                self._started(starting[done[0]])
+                hand_out()
+                continue
             slot, work = running.pop(done[0])
             slot.calls.remove(work)
+            slot.since = time.monotonic()
             try:
                 answers = ray.get(done[0])
-            except RayActorError as error:
-                lost = [work]
-                for ref in [ref for ref, (other, _) in running.items() if other is slot]:
-                    lost.append(running.pop(ref)[1])
-                self._replace(slot)
-                for call_ in lost:
+            except (RayActorError, OutOfMemoryError) as error:
+                for call_ in [work, *lose(slot)]:
                     self._again(call_, str(error), waiting, replies, order)
             except RayError as error:
                 raise RunError(f"a Ray worker failed: {' '.join(str(error).split())}") from error
@@ -296,13 +349,69 @@ class RayGrid(LocalGrid):
 
     def _takes(self, slot: _Slot, work: _Call) -> bool:
         """Whether the worker may be given this call now: a call that is played alone gets an idle worker."""
-        if any(call_.alone for call_ in slot.calls):
+        if slot.starting is not None or any(call_.alone for call_ in slot.calls):
             return False
         return not slot.calls if work.alone else len(slot.calls) < _CALLS_AHEAD
 
     def _replace(self, slot: _Slot) -> None:
         self.replaced += 1
-        slot.actor, slot.calls = self._spawn(), []
+        ray.kill(slot.actor)
+        slot.actor, slot.calls, slot.since = self._spawn(), [], time.monotonic()
+        slot.starting = slot.actor.ready.remote()
+
+    def _started(self, slot: _Slot) -> None:
+        """Take note that a replacement is there, or has died on the way: then it is replaced again, or given up."""
+        ref, slot.starting = slot.starting, None
+        try:
+            ray.get(ref)
+        except RayError as error:
+            self._slots.remove(slot)
+            if not self._slots:
+                raise RunError(f"no worker is left: {' '.join(str(error).split())[:300]}; resume the run") from error
+
+    def _limit(self, slot: _Slot) -> float | None:
+        """Seconds from ``slot.since`` until the slot is overdue, or None."""
+        if slot.starting is not None:
+            return _START_SECONDS
+        if self.resources.timeout is None or not slot.calls:
+            return None
+        return self.resources.timeout * len(slot.calls[0].messages)
+
+    def _patience(self) -> float | None:
+        """Seconds until the first slot is overdue; None: for ever."""
+        limits = [slot.since + limit for slot in self._slots if (limit := self._limit(slot)) is not None]
+        return max(min(limits) - time.monotonic(), 0.0) if limits else None
+
+    def _is_overdue(self, slot: _Slot) -> bool:
+        limit = self._limit(slot)
+        return limit is not None and time.monotonic() >= slot.since + limit
+
+    def _overdue(self) -> list[_Slot]:
+        """Slots whose first call takes too long; that call is noted in ``late``."""
+        late = [slot for slot in self._slots if slot.starting is None and self._is_overdue(slot)]
+        for slot in late:
+            slot.late = slot.calls[0]
+        return late
+
+    def _drop_slots_without_room(self) -> None:
+        """Give up replacements that have not started in time.
+
+        Raises
+        ------
+        RunError: no worker is left.
+        """
+        late = [slot for slot in self._slots if slot.starting is not None and self._is_overdue(slot)]
+        for slot in late:
+            ray.kill(slot.actor)
+            self._slots.remove(slot)
+        if not self._slots:
+            raise RunError(
+                f"no worker is left, and none started within {_START_SECONDS:g} s: the cluster has lost its room; "
+                f"resume the run when it is back"
+            )
+
+    def _too_late(self) -> str:
+        return f"no reply within {self.resources.timeout:g} s (engine.client_timeout)"
 
     def _again(
         self,
@@ -318,7 +427,11 @@ class RayGrid(LocalGrid):
                 waiting.append(_Call([message], work.tries + 1, alone=True))
                 continue
             reason = f"its worker died {work.tries + 1} times ({' '.join(why.split())[:200]})"
-            error = Error(ErrorCode.CLIENT_APP_CRASHED, reason)
-            replies[order[message.metadata.message_id]] = Message(error, reply_to=message)
-            if self.on_reply is not None:
-                self.on_reply()
+            self._give_up(message, reason, replies, order)
+
+    def _give_up(self, message: Message, reason: str, replies: list[Message | None], order: dict[str, int]) -> None:
+        """Answer for a client that will not."""
+        error = Error(ErrorCode.CLIENT_APP_CRASHED, reason)
+        replies[order[message.metadata.message_id]] = Message(error, reply_to=message)
+        if self.on_reply is not None:
+            self.on_reply()

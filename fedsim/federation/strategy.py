@@ -287,6 +287,11 @@ class FederatedStrategy(Strategy):
                 records[client] = ClientRecord(client, malicious, self.sizes[client], "failed", reason=reason)
                 continue
             examples, reason = self._read(reply, self._matrix[len(rows)])
+            if malicious and not reason:
+                try:
+                    states[plan.malicious[client]] = unpack_state(reply.content)
+                except ValueError as error:
+                    reason = f"unusable reply: {error}"
             if reason:
                 records[client] = ClientRecord(client, malicious, examples, "rejected", reason=reason)
                 continue
@@ -295,7 +300,6 @@ class FederatedStrategy(Strategy):
             metrics = reply.content["metrics"]
             client_seconds.append(_number(metrics.get("seconds")))
             if malicious:
-                states[plan.malicious[client]] = unpack_state(reply.content)
                 for name, value in metrics.items():
                     if name.startswith("attack-"):
                         attack_seconds[name.replace("-", "_")] = _number(value)

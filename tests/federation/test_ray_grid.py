@@ -56,6 +56,8 @@ def app_maker() -> Callable[[], ClientApp]:
                     if marker is not None:
                         marker.touch()
                     os.kill(os.getpid(), signal.SIGKILL)
+            if order["hang"] == context.node_id:
+                time.sleep(1000)
             time.sleep(float(order["sleep"]))
             vector = to_vector(message.content.array_records["arrays"])
             noise = torch.randn(len(vector), generator=torch.Generator().manual_seed(context.node_id))
@@ -75,11 +77,11 @@ def app_maker() -> Callable[[], ClientApp]:
 
 
 def messages(
-    nodes: int = NODES, *, fail: int = 0, kill: int = 0, marker: Path | str = "", sleep: float = 0.0
+    nodes: int = NODES, *, fail: int = 0, kill: int = 0, hang: int = 0, marker: Path | str = "", sleep: float = 0.0
 ) -> list[Message]:
     """One message per node, the last node first; all carry the same arrays."""
     arrays = to_record(torch.linspace(0, 1, LENGTH))
-    order: dict[str, Any] = {"fail": fail, "kill": kill, "marker": str(marker), "sleep": sleep}
+    order: dict[str, Any] = {"fail": fail, "kill": kill, "hang": hang, "marker": str(marker), "sleep": sleep}
     return [
         Message(RecordDict({"arrays": arrays, "config": ConfigRecord(dict(order))}), node, MessageType.TRAIN)
         for node in range(nodes, 0, -1)
@@ -312,6 +314,79 @@ def test_a_client_that_always_kills_its_worker_is_given_up(
     wanted[NODES - 5] = None
     assert same(vectors(replies), wanted), "nobody else is lost"
     assert len(heard) == NODES, "progress counts the client that was given up, too"
+
+
+def test_a_client_that_hangs_is_given_up_when_its_time_is_over(
+    grid: RayGrid, expected: list[torch.Tensor | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grid, "resources", Resources(2, timeout=0.5))
+    before, pids = grid.replaced, grid.pids()
+    replies = list(grid.send_and_receive(messages(hang=7)))
+    (failed,) = [r for r in replies if r.has_error()]
+    assert failed.metadata.src_node_id == 7
+    assert failed.error.code == ErrorCode.CLIENT_APP_CRASHED
+    assert "no reply within 0.5 s" in str(failed.error.reason)
+    wanted = list(expected)
+    wanted[NODES - 7] = None
+    assert same(vectors(replies), wanted), "those who shared its call, or waited behind it, are played again"
+    assert before < grid.replaced <= before + 2, "once among others, once alone"
+    assert len(grid.pids()) == 2
+    assert any(gone([pid]) for pid in pids), "the one that hung is stopped"
+
+
+def test_killing_every_worker_in_the_middle_of_a_round(
+    grid: RayGrid, expected: list[torch.Tensor | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+
+    def kill_all() -> None:
+        heard.append(1)
+        if len(heard) == 5:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+
+    pids = grid.pids()
+    monkeypatch.setattr(grid, "on_reply", kill_all)
+    replies = list(grid.send_and_receive(messages(sleep=0.02)))
+    assert same(vectors(replies), expected)
+    assert gone(pids)
+
+
+def test_a_replacement_that_finds_no_room_is_given_up(
+    grid: RayGrid, expected: list[torch.Tensor | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a node leaves the cluster: the others do its work; with nobody left the round fails in so many words."""
+
+    class Nowhere:
+        @staticmethod
+        def remote(*_: Any) -> Any:
+            endless = ray.remote(num_cpus=1000)(_Never)
+            return endless.remote()
+
+    class _Never:
+        def ready(self) -> int:
+            return 0
+
+    monkeypatch.setattr(ray_grid, "_START_SECONDS", 1.0)
+    monkeypatch.setattr(grid, "_spawn", Nowhere.remote)
+    kept = list(grid._slots)
+    os.kill(grid.pids()[0], signal.SIGKILL)
+    assert same(vectors(list(grid.send_and_receive(messages(sleep=0.05)))), expected)
+    assert len(grid._slots) == 1
+    os.kill(grid.pids()[0], signal.SIGKILL)
+    with pytest.raises(RunError, match=r"no worker is left.*resume the run"):
+        grid.send_and_receive(messages())
+    monkeypatch.undo()
+    for slot in kept:
+        slot.actor, slot.calls, slot.starting = grid._spawn(), [], None
+    grid._slots = kept
+    assert same(vectors(list(grid.send_and_receive(messages()))), expected)
+
+
+def test_more_workers_than_the_cluster_has_room_for(cluster: None) -> None:
+    with pytest.raises(RunError, match=r"4 workers of 1 cores need 4; the Ray cluster has 3: lower engine\.workers"):
+        RayGrid(app_maker(), NODES, Resources(4), stop_ray=False)
+    assert ray.is_initialized()
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -671,6 +671,31 @@ def test_the_twin_never_improves_the_trigger_and_is_measured_with_the_one_given(
     assert len(table.sent) == CLIENTS
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        ConfigRecord({"json": "{"}),
+        ConfigRecord({"json": "[1]"}),
+        ConfigRecord({"json": '{"mask": {"__tensor__": "nowhere"}}'}),
+        ConfigRecord({"text": "{}"}),
+        ConfigRecord({"json": "[" * 100_000}),
+    ],
+)
+def test_a_state_that_cannot_be_read_rejects_the_reply(state: ConfigRecord) -> None:
+    def client(message: Message, number: int) -> RecordDict:
+        if not message.content.config_records["config"]["malicious"]:
+            return honest(message, number)
+        return RecordDict({**honest(message, number), **pack_state({}), "state": state})
+
+    table = Table(plan=a_plan(malicious={1: {2: 0}}), attack=Attack())
+    record = table.play(client)
+    (rejected,) = [c for c in record.clients if c.status != "ok"]
+    assert rejected.client == 2
+    assert "its state" in rejected.reason
+    assert table.strategy.attack_state == {}
+    assert record.malicious_submitted == 1
+
+
 class Follows(Attack):
     knows = frozenset({Knowledge.OWN_DATA, Knowledge.LAST_AGGREGATE})
 
