@@ -306,6 +306,10 @@ class Aggregation:
         return self.global_vector + self.vector
 
 
+class TooFewClients(RunError):
+    """A stage is left fewer updates than it can work on."""
+
+
 def apply_pipeline(stages: Sequence[Defense], round: RoundUpdates) -> Aggregation:
     """Run the stages over one round.
 
@@ -314,7 +318,8 @@ def apply_pipeline(stages: Sequence[Defense], round: RoundUpdates) -> Aggregatio
 
     Raises
     ------
-    RunError: fewer clients than a stage needs, or a stage returned a tensor of the wrong shape or not finite.
+    TooFewClients: fewer clients are left than a stage needs.
+    RunError: a stage returned a tensor of the wrong shape or not finite.
     """
     total, dtype = round.count, round.updates.dtype
     alive = torch.arange(total, device=round.updates.device)  # rows of the full round behind the current rows
@@ -336,7 +341,7 @@ def apply_pipeline(stages: Sequence[Defense], round: RoundUpdates) -> Aggregatio
             break  # everybody is rejected: the model stays
         need = stage.required_clients(stage.parameters)
         if round.count < need:
-            raise RunError(
+            raise TooFewClients(
                 f"round {round.round}: the defense {stage.name!r} needs at least {need} clients, {round.count} "
                 f"are left; raise federation.clients_per_round, or lower the drop-out or an earlier stage's zeal"
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from fedsim import streams
 from fedsim.attack import Attack, CoordinationKnowledge, Knowledge
 from fedsim.config import Config
-from fedsim.defense import Aggregation, Defense, RoundUpdates, Server, apply_pipeline, require
+from fedsim.defense import Aggregation, Defense, RoundUpdates, Server, TooFewClients, apply_pipeline, require
 from fedsim.errors import RunError
 from fedsim.federation.evaluation import Measurement
 from fedsim.federation.messages import pack_state, to_record, to_vector, unpack_state
@@ -30,8 +31,8 @@ _REGISTRATION_SECONDS = 60.0
 """How long the first round waits for nodes to register (with our own grids they are there at once)."""
 
 
-_MOST_EXAMPLES = 2**31
-"""More examples than any client holds: a reply that claims more is not believed."""
+_LARGEST = 1e15
+"""An entry of an update beyond this is no update: the squares of 1e7 of them still add up in float32."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ class ClientRecord:
 
 @dataclass
 class RoundRecord:
-    """Everything a round leaves behind."""
+    """Everything a round leaves behind; note: what is worth saying of it."""
 
     round: int
     clients: list[ClientRecord]
     measurement: Measurement | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def malicious_submitted(self) -> int:
@@ -217,15 +219,26 @@ class FederatedStrategy(Strategy):
         by_client = {client: answered[client] for client in plan.replying if client in answered}
         rows, records, metrics = self._collect(plan, by_client)
         seconds = {"train": trained - self._started, **metrics}
+        note = "" if rows else "no usable reply: the model stays"
         if rows:
-            aggregation = self._aggregate(plan, rows, records)
-            self.last_aggregate = aggregation.vector * self.config.federation.server_lr
-            self.global_vector = self.global_vector + self.last_aggregate
-            self._note(records, rows, aggregation)
+            note = self._move(plan, rows, records)
         seconds["aggregate"] = time.perf_counter() - trained
         ordered = [records[client] for client in sorted(records)]
-        self._record = RoundRecord(plan.round, ordered, seconds=seconds)
+        self._record = RoundRecord(plan.round, ordered, seconds=seconds, note=note)
         return to_record(self.global_vector), None
+
+    def _move(self, plan: RoundPlan, rows: list[int], records: dict[int, ClientRecord]) -> str:
+        """Move the model by what the defense makes of the updates; what there is to say of it, or ""."""
+        try:
+            aggregation = self._aggregate(plan, rows, records)
+        except TooFewClients as error:
+            for client in rows:
+                records[client] = replace(records[client], update_norm=None, reason="too few clients for the defense")
+            return f"{error}; the model stays"
+        self.last_aggregate = aggregation.vector * self.config.federation.server_lr
+        self.global_vector = self.global_vector + self.last_aggregate
+        self._note(records, rows, aggregation)
+        return "" if bool(aggregation.accepted.any()) else "the defense accepts nobody: the model stays"
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -286,7 +299,7 @@ class FederatedStrategy(Strategy):
                 reason = reply.error.reason or "its worker died"
                 records[client] = ClientRecord(client, malicious, self.sizes[client], "failed", reason=reason)
                 continue
-            examples, reason = self._read(reply, self._matrix[len(rows)])
+            examples, reason = self._read(reply, client, self._matrix[len(rows)])
             if malicious and not reason:
                 try:
                     states[plan.malicious[client]] = unpack_state(reply.content)
@@ -312,8 +325,12 @@ class FederatedStrategy(Strategy):
     def _is_malicious(self, plan: RoundPlan, client: int) -> bool:
         return client in plan.malicious and not self.honest
 
-    def _read(self, reply: Message, row: Tensor) -> tuple[int, str]:
-        """Write one reply's update into its row; (examples, why it cannot be used or "")."""
+    def _read(self, reply: Message, client: int, row: Tensor) -> tuple[int, str]:
+        """Write one reply's update into its row; (examples, why it cannot be used or "").
+
+        This is the guard before every defense: what passes has the model's shape, is finite and of some measure, and
+        counts as many examples as the client has.
+        """
         try:
             examples = reply.content["metrics"]["num-examples"]
             local = to_vector(reply.content["arrays"])
@@ -321,13 +338,16 @@ class FederatedStrategy(Strategy):
             return 0, f"unusable reply: it has no {error}"
         except ValueError as error:
             return 0, f"unusable reply: {error}"
-        if type(examples) is not int or not 0 < examples <= _MOST_EXAMPLES:
-            return 0, f"a number of examples of {str(examples)[:40]}"
+        if type(examples) is not int or examples != self.sizes[client]:
+            return 0, f"a number of examples of {str(examples)[:40]}; it has {self.sizes[client]}"
         if local.shape != row.shape:
             return examples, f"an array of shape {tuple(local.shape)}, the model has {tuple(row.shape)}"
         torch.sub(local.to(row.device, row.dtype), self.global_vector, out=row)
-        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(row)):  # one pass; NaN spreads
+        largest = max(abs(float(end)) for end in torch.aminmax(row))  # one pass; NaN spreads
+        if not math.isfinite(largest):
             return examples, "an update that is not finite"
+        if largest > _LARGEST:
+            return examples, f"an update beyond measure, with an entry of {largest:.1e}"
         return examples, ""
 
     def _aggregate(self, plan: RoundPlan, rows: list[int], records: dict[int, ClientRecord]) -> Aggregation:

@@ -90,6 +90,29 @@ def timing_row(record: RoundRecord) -> dict[str, Any]:
     return {"round": record.round, **named}
 
 
+class ClientRows:
+    """The rows of the clients, kept as columns but for the newest: a run of many rounds has very many of them."""
+
+    _NEWEST = 1000
+
+    def __init__(self) -> None:
+        self._columns: list[pa.Table] = []
+        self._newest: list[dict[str, Any]] = []
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self._columns) + len(self._newest)
+
+    def extend(self, rows: list[dict[str, Any]]) -> None:
+        self._newest += rows
+        if len(self._newest) >= self._NEWEST:
+            self._columns.append(pa.Table.from_pylist(self._newest, schema=CLIENTS))
+            self._newest = []
+
+    def table(self) -> pa.Table:
+        newest = pa.Table.from_pylist(self._newest, schema=CLIENTS)
+        return pa.concat_tables([*self._columns, newest]).combine_chunks()
+
+
 class Tables:
     """The rows of one run, in memory and on disk.
 
@@ -101,7 +124,7 @@ class Tables:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.rounds: list[dict[str, Any]] = []
-        self.clients: list[dict[str, Any]] = []
+        self.clients = ClientRows()
         self.timings: list[dict[str, Any]] = []
 
     def resume(self, last: int) -> None:
@@ -145,12 +168,11 @@ class Tables:
         """Rewrite the Parquet files from all rows."""
         names = ["round", *sorted({key for row in self.timings for key in row} - {"round"})]
         timings = pa.schema([(n, pa.int64() if n == "round" else pa.float64()) for n in names])
-        for name, rows, schema in (
-            ("rounds", self.rounds, ROUNDS),
-            ("clients", self.clients, CLIENTS),
-            ("timings", self.timings, timings),
+        for name, table in (
+            ("rounds", pa.Table.from_pylist(self.rounds, schema=ROUNDS)),
+            ("clients", self.clients.table()),
+            ("timings", pa.Table.from_pylist(self.timings, schema=timings)),
         ):
-            table = pa.Table.from_pylist(rows, schema=schema)
             write_atomic(self.directory / f"{name}.parquet", lambda path, t=table: pq.write_table(t, path), sync=sync)  # type: ignore[misc]
 
     def finish(self) -> None:
@@ -162,5 +184,5 @@ class Tables:
         one, timings = {**entry["round"], "defense": list(map(tuple, entry["round"]["defense"]))}, entry["timings"]
         clients = [{**row, "scores": list(map(tuple, row["scores"]))} for row in entry["clients"]]  # JSON has lists
         self.rounds.append(one)
-        self.clients += clients
+        self.clients.extend(clients)
         self.timings.append(timings)

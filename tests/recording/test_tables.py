@@ -96,6 +96,18 @@ def test_the_schema_is_as_documented(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("newest", [1, 7, 10_000])
+def test_how_rows_are_kept_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, newest: int) -> None:
+    (tmp_path / "a").mkdir()
+    filled(tmp_path / "a", rounds=20).finish()
+    monkeypatch.setattr(module.ClientRows, "_NEWEST", newest)
+    (tmp_path / "b").mkdir()
+    tables = filled(tmp_path / "b", rounds=20)
+    assert len(tables.clients) == 60
+    tables.finish()
+    assert parquet(tmp_path / "a") == parquet(tmp_path / "b")
+
+
 def test_what_went_in_comes_out(tmp_path: Path) -> None:
     filled(tmp_path).finish()
     rounds = pq.read_table(tmp_path / "rounds.parquet").to_pylist()
