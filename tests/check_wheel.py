@@ -29,7 +29,9 @@ def complaints(wheel: Path) -> list[str]:
     packed = {name.removeprefix("fedsim/") for name in names if name.startswith("fedsim/configs/")}
     if packed != shipped:
         found.append(f"configs differ from the checkout: {sorted(packed ^ shipped)}")
-    needed = {"fedsim/py.typed", "fedsim/report/report.html.jinja", "fedsim/report/report.css"}
+    needed = {"fedsim/py.typed"}
+    needed |= {f"fedsim/report/{name}" for name in ("report.html.jinja", "report.css")}
+    needed |= {f"fedsim/report/grid.{kind}" for kind in ("html.jinja", "css", "js")}
     found += [f"{name} is missing" for name in sorted(needed - set(names))]
     found += [f"{name} does not belong in a wheel" for name in names if name.endswith((".pyc", ".parquet"))]
     return found

@@ -24,6 +24,7 @@ _PACKAGES = (
     "omegaconf",
     "pyarrow",
     "scikit-learn",
+    "scipy",
 )
 
 

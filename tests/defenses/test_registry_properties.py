@@ -21,11 +21,12 @@ from fedsim.defense import Aggregation, RoundUpdates, apply_pipeline
 Rounds = Callable[..., RoundUpdates]
 few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 
-REQUIRED: dict[str, dict[str, Any]] = {"flower": {"strategy": "FedMedian"}}
+REQUIRED: dict[str, dict[str, Any]] = {"flower": {"strategy": "FedMedian"}, "deepsight": {"inputs": 100}}
 
 ORDER_MATTERS = {
     "bucketing": "clients are put into buckets at random",
     "bulyan": "its last picks score by one neighbour, and two clients nearest to each other tie",
+    "deepsight": "it clusters by distances that take few values, and such ties are broken by order",
     "signguard": "its features are shares of few coordinates: clusters of the same size tie",
 }
 """Methods whose result depends on the order of the clients' rows, and why."""
