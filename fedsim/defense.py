@@ -47,7 +47,8 @@ class Server:
     random_inputs: (count, CPU generator) → random inputs (count, …): pixels uniform in [0, 1], or random words.
     data: all examples set aside for the server as one batch, in a fixed order; None where there are none.
     epoch: (batch size, CPU generator) → what ``fit`` takes: freshly shuffled epochs of ``data``; None likewise.
-    classes: number of classes, or of words. round: from 1. seed: of the run, for :meth:`generator`.
+    classes: number of classes, or of words. round: from 1. rounds: of the run, where that is known.
+    seed: of the run, for :meth:`generator`.
     """
 
     model: FlatModel
@@ -59,6 +60,7 @@ class Server:
     data: Batch | None = None
     epoch: Callable[[int, torch.Generator], Callable[[], Iterator[Batch]]] | None = None
     round: int = 1
+    rounds: int | None = None
     seed: int = 0
 
     def generator(self, purpose: str) -> torch.Generator:
@@ -106,7 +108,7 @@ class Server:
         name, module = self.head_module()
         entries = {entry.name: entry for entry in self.model.layout.entries}
         first = {id(p): n for n, p in reversed(list(self.model.module.named_parameters(remove_duplicate=False)))}
-        return entries[first[id(module.weight)]], entries.get(f"{name}.bias")
+        return entries[first[id(module.weight)]], entries.get(f"{name}.bias" if name else "bias")
 
 
 @dataclass

@@ -44,7 +44,14 @@ CONFIG: dict[str, Any] = {
         "schedule": {"name": "pool", "fraction": 0.3},
         "craft": [{"name": "scale", "factor": 2.0}],
     },
-    "defense": [{"name": "norm_clipping", "bound": 5.0}, "test_momentum", {"name": "weak_dp", "sigma": 0.002}],
+    "defense": [
+        "fedprox",
+        {"name": "backdoor_indicator", "epochs": 2},  # trains at the server, with dropout
+        {"name": "norm_clipping", "bound": 5.0},
+        "test_momentum",
+        {"name": "weak_dp", "sigma": 0.002},
+    ],
+    "server_data": {"examples": 20, "source": "noise"},
     "evaluation": {"batch_size": 17},
     "engine": {"name": "serial"},
     "output": {"report": False},

@@ -15,7 +15,7 @@ from fedsim.config import Config
 from fedsim.data import Data
 from fedsim.defense import Server
 from fedsim.errors import InputError
-from fedsim.federation.client import honest_settings
+from fedsim.federation.client import honest_settings, seed_torch
 from fedsim.layout import FlatModel
 from fedsim.tasks.base import Dataset, Task
 from fedsim.training import fit
@@ -99,16 +99,22 @@ def server_maker(
         return _random(data, count, generator).long().to(model.device)
 
     def serve(round: int) -> Server:
+        def seeded(*given: Any, **options: Any) -> float:
+            """Local training whose dropout does not depend on what this process has done before."""
+            seed_torch(streams.derive(config.seed, "torch", "server", round), model.device)
+            return fit(*given, **options)
+
         return Server(
             model=model,
             loss=loss,
-            fit=fit,
+            fit=seeded,
             settings=honest_settings(config, round),
             classes=data.classes,
             random_inputs=random_inputs,
             data=batch,
             epoch=None if held is None else epoch,
             round=round,
+            rounds=config.federation.rounds,
             seed=config.seed,
         )
 
