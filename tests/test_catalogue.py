@@ -81,7 +81,7 @@ def test_an_attack_against_nothing_and_against_its_best_known_defense(label: str
     cls: Any = plugins.get("attack", changes["attack"]["name"])
     alone = play(tmp_path / "alone", changes, CHEAP.get(label, {}))
     attackers = int(alone.rounds["malicious_submitted"].sum())
-    assert attackers >= 4, "two rounds of two attackers or more"
+    assert attackers >= 2, "two rounds of at least one"
     if label not in HARMLESS:
         if cls.backdoor:
             assert alone.rounds["asr"].iloc[3:5].max() > honest.rounds["asr"].iloc[3:5].max() + 0.2
