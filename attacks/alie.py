@@ -53,6 +53,7 @@ class ALIE(Colluding):
     """
 
     paper = "Baruch, Baruch, Goldberg: A Little Is Enough, NeurIPS 2019; code: moranant/attacking_distributed_learning"
+    cost = "an honest round; at the server O(M D) time for M updates seen"
     Parameters = ALIEParameters
 
     def make(self, honest: Tensor, knowledge: CoordinationKnowledge) -> Tensor:

@@ -91,6 +91,7 @@ class Anticipate(Attack):
     """
 
     paper = "Wen et al., Thinking Two Moves Ahead, arXiv 2210.09305"
+    cost = "k (2 E + 1) times an honest round for E benign epochs; memory for k E batches"
     Parameters = AnticipateParameters
 
     def train(self, context: AttackContext) -> None:

@@ -14,3 +14,4 @@ class DataPoisoning(Attack):
     """
 
     paper = "Gu et al., BadNets, arXiv 1708.06733; in federated learning: Bagdasaryan et al., AISTATS 2020"
+    cost = "an honest round"

@@ -32,6 +32,7 @@ class GaussianNoise(Attack):
     """
 
     paper = "Blanchard, El Mhamdi, Guerraoui, Stainer: Krum, NeurIPS 2017, arXiv 1703.02757"
+    cost = "an honest round"
     Parameters = GaussianNoiseParameters
     backdoor = False
 

@@ -30,6 +30,7 @@ class IPM(Colluding):
     """
 
     paper = "Xie, Koyejo, Gupta: Fall of Empires, UAI 2019, arXiv 1903.03936"
+    cost = "an honest round; at the server O(N D) time"
     Parameters = IPMParameters
 
     def make(self, honest: Tensor, knowledge: CoordinationKnowledge) -> Tensor:

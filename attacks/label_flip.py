@@ -36,6 +36,7 @@ class LabelFlip(Attack):
     """
 
     paper = "Tolpegin et al., ESORICS 2020, arXiv 2007.08432; Fang et al., USENIX Security 2020, arXiv 1911.11815"
+    cost = "an honest round"
     tasks = ("vision", "sentiment")
     Parameters = LabelFlipParameters
     backdoor = False

@@ -39,6 +39,7 @@ class Mimic(Colluding):
     """
 
     paper = "Karimireddy, He, Jaggi: Byzantine-Robust Learning … via Bucketing, ICLR 2022, arXiv 2006.09365"
+    cost = "an honest round; at the server O(M² D) time for M benign updates"
     Parameters = MimicParameters
 
     def make(self, honest: Tensor, knowledge: CoordinationKnowledge) -> Tensor:

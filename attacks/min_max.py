@@ -27,6 +27,7 @@ class MinMax(Deviating):
     """
 
     paper = "Shejwalkar, Houmansadr: Manipulating the Byzantine, NDSS 2021; code: vrt1shjwlkr/NDSS21-Model-Poisoning"
+    cost = "an honest round; at the server O(M² D) time for M updates seen"
 
     def measure(self, squared: Tensor) -> Tensor:
         return squared.amax(dim=-1)

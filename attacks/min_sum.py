@@ -30,6 +30,7 @@ class MinSum(Deviating):
     """
 
     paper = "Shejwalkar, Houmansadr: Manipulating the Byzantine, NDSS 2021; code: vrt1shjwlkr/NDSS21-Model-Poisoning"
+    cost = "an honest round; at the server O(M² D) time for M updates seen"
     Parameters = MinSumParameters
 
     def measure(self, squared: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class SignFlip(Colluding):
     """
 
     paper = "Li, Xu, Chen, Giannakis, Ling: RSA, AAAI 2019, arXiv 1811.03761"
+    cost = "an honest round (of: mean: at the server O(N D) time besides)"
     Parameters = SignFlipParameters
 
     @classmethod

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from defenses._layers import clip_scale, deviations, median
+from defenses._statistics import clip_scale, cosines, deviations, median
 from fedsim.defense import Defense, RoundUpdates, Screening
 from fedsim.distances import columns, norms
 from fedsim.plugins import Parameters, parameter, register
@@ -46,6 +46,7 @@ class Alignins(Defense):
     """
 
     paper = "Xu et al., Detecting Backdoor Attacks in FL via Direction Alignment Inspection, arXiv 2503.07978"
+    cost = "O(N D log D) time, one copy of the updates"
     Parameters = AligninsParameters
 
     def screen(self, round: RoundUpdates) -> Screening:
@@ -76,12 +77,3 @@ class Alignins(Defense):
         seen = clipped if self.parameters.scope == "all" else clipped[:, : round.trainable]
         seen *= clip_scale(length, bound).to(seen.dtype)[:, None]
         return clipped
-
-
-def cosines(rows: Tensor, base: Tensor) -> Tensor:
-    """(N,) float64: cos(xᵢ, b); zero where one of them is zero."""
-    inner = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
-    for block, origin in zip(columns(rows), columns(base[None]), strict=True):
-        inner += (block.double() * origin.double()).sum(dim=1)
-    size = norms(rows) * norms(base[None])
-    return torch.where(size > 0, inner / size, torch.zeros_like(inner))

@@ -42,6 +42,7 @@ class Auror(Defense):
     """
 
     paper = "Shen et al., Auror: Defending Against Poisoning Attacks in Collaborative Deep Learning, ACSAC 2016"
+    cost = "O(D N log N) time, no copy"
     Parameters = AurorParameters
 
     def screen(self, round: RoundUpdates) -> Screening:

@@ -43,6 +43,7 @@ class Bucketing(Defense):
     """
 
     paper = "Karimireddy et al., Byzantine-Robust Learning on Heterogeneous Datasets via Bucketing, arXiv 2006.09365"
+    cost = "O(N D) time and a matrix of N/s × D, then what the rule needs"
     Parameters = BucketingParameters
 
     def __init__(self, parameters: Any = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from defenses.krum import krum_scores
 from fedsim.defense import Aggregated, Defense, RoundUpdates
 from fedsim.distances import columns, squared_distances
 from fedsim.errors import Problem
@@ -50,6 +51,7 @@ class Bulyan(Defense):
     """
 
     paper = "El Mhamdi et al., The Hidden Vulnerability of Distributed Learning in Byzantium, arXiv 1802.07927"
+    cost = "O(N² D + D N log N + N³ log N) time, O(N² + D) memory"
     Parameters = BulyanParameters
 
     @classmethod
@@ -111,8 +113,3 @@ class Bulyan(Defense):
         weights = torch.zeros(n, dtype=torch.float64, device=order.device)
         weights[order] = given.to(torch.float64) / (len(vector) * beta)
         return Aggregated(vector, weights, {"score": krum_scores(distances, n - f - 2)})
-
-
-def krum_scores(distances: Tensor, neighbours: int) -> Tensor:
-    """(N,) the sum of each row's smallest distances, its own zero aside; (N, N) distances are non-negative."""
-    return distances.sort(dim=1).values[:, 1 : neighbours + 1].sum(dim=1)

@@ -42,6 +42,7 @@ class CenteredClipping(Defense):
     """
 
     paper = "Karimireddy et al., Learning from History for Byzantine Robust Optimization, arXiv 2012.10333"
+    cost = "O(steps · N D) time, O(D) memory (momentum: a vector for every client met)"
     Parameters = CenteredClippingParameters
 
     def rows(self, round: RoundUpdates) -> Tensor:

@@ -30,6 +30,7 @@ class CoordinateMedian(Defense):
     """
 
     paper = "Yin et al., Byzantine-Robust Distributed Learning, ICML 2018, arXiv 1803.01498"
+    cost = "O(D N log N) time, O(D) memory"
     Parameters = CoordinateMedianParameters
 
     def aggregate(self, round: RoundUpdates) -> Aggregated:

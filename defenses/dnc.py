@@ -54,6 +54,7 @@ class Dnc(Defense):
     """
 
     paper = "Shejwalkar and Houmansadr, Manipulating the Byzantine, NDSS 2021"
+    cost = "O(iterations · N² b) time for b drawn coordinates, O(N b + D) memory"
     Parameters = DncParameters
 
     @classmethod

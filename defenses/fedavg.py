@@ -18,3 +18,4 @@ class FedAvg(Defense):
     """
 
     paper = "McMahan et al., Communication-Efficient Learning of Deep Networks, arXiv 1602.05629"
+    cost = "O(N D) time, no copy"

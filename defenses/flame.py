@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from defenses._clustering import hdbscan, largest_cluster
+from defenses._statistics import clip_scale
 from fedsim.defense import Defense, RoundUpdates, Screening
 from fedsim.distances import cosine_distances, norms, squared_distances
 from fedsim.plugins import Parameters, parameter, register
@@ -49,6 +50,7 @@ class Flame(Defense):
     """
 
     paper = "Nguyen et al., FLAME: Taming Backdoors in Federated Learning, arXiv 2101.02281"
+    cost = "O(N² D) time, one copy of the updates"
     Parameters = FlameParameters
 
     def screen(self, round: RoundUpdates) -> Screening:
@@ -63,8 +65,7 @@ class Flame(Defense):
         length = norms(round.seen(self.parameters.scope))
         bound = length.quantile(0.5)
         self.state["bound"] = float(bound)
-        scale = torch.where(length > bound, bound / length, torch.ones_like(length))
-        return round.updates * scale.to(round.updates.dtype)[:, None]
+        return round.updates * clip_scale(length, bound).to(round.updates.dtype)[:, None]
 
     def finish(self, vector: Tensor, round: RoundUpdates) -> Tensor:
         sigma = self.parameters.noise * self.state.get("bound", 0.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from defenses._layers import count_clusters, kmeans, seed_of
+from defenses._clustering import count_clusters, kmeans, seed_of
 from fedsim.defense import Defense, RoundUpdates, Screening
 from fedsim.distances import columns
 from fedsim.plugins import Parameters, parameter, register
@@ -57,6 +57,7 @@ class Fldetector(Defense):
     """
 
     paper = "Zhang et al., FLDetector: Defending FL Against Model Poisoning Attacks, KDD 2022, arXiv 2207.09209"
+    cost = "O(window · N D) time, (N + 2 · window + 2) D numbers of state"
     Parameters = FldetectorParameters
 
     def screen(self, round: RoundUpdates) -> Screening:

@@ -69,6 +69,7 @@ class Flower(Defense):
     """
 
     paper = "Beutel et al., Flower: A Friendly Federated Learning Research Framework, arXiv 2007.14390"
+    cost = "the strategy's, on the CPU; two copies of the updates"
     Parameters = FlowerParameters
 
     def __init__(self, parameters: Any = None) -> None:

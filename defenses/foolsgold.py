@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from defenses._statistics import similarities
 from fedsim.defense import Aggregated, Defense, RoundUpdates
-from fedsim.distances import cosine_distances, norms
 from fedsim.plugins import Parameters, parameter, register
 
 
@@ -51,6 +51,7 @@ class FoolsGold(Defense):
     """
 
     paper = "Fung et al., Mitigating Sybils in Federated Learning Poisoning, arXiv 1808.04866"
+    cost = "O(N² D) time, a copy of the updates and a vector for every client met"
     Parameters = FoolsGoldParameters
 
     def remember(self, round: RoundUpdates) -> Tensor:
@@ -63,10 +64,7 @@ class FoolsGold(Defense):
     def judge(self, history: Tensor) -> tuple[Tensor, Tensor]:
         """(N,) the weights α and (N,) each client's highest similarity after pardoning."""
         p, n = self.parameters, history.shape[0]
-        cosine = 1 - cosine_distances(history)
-        still = norms(history) == 0
-        cosine[still] = cosine[:, still] = 0
-        cosine.fill_diagonal_(0)
+        cosine = similarities(history)
         highest = cosine.amax(dim=1) + p.epsilon
         pardon = highest[:, None] < highest
         cosine = torch.where(pardon, cosine * highest[:, None] / highest, cosine)

@@ -56,6 +56,7 @@ class Freqfed(Defense):
     """
 
     paper = "Fereidooni et al., FreqFed: A Frequency Analysis-Based Approach, NDSS 2024, arXiv 2312.04432"
+    cost = "O(N D log D + N² L) time, 8 N L bytes for L low frequencies"
     Parameters = FreqfedParameters
 
     @classmethod

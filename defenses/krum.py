@@ -51,6 +51,7 @@ class Krum(Defense):
     """
 
     paper = "Blanchard et al., Byzantine-Tolerant Machine Learning, NeurIPS 2017, arXiv 1703.02757"
+    cost = "O(N² D) time, O(N²) memory"
     Parameters = KrumParameters
 
     @classmethod
@@ -75,11 +76,15 @@ class Krum(Defense):
         if self.parameters.distance == "plain":
             distances = distances.sqrt()
         neighbours = round.count - self.tolerated(round.count) - 2
-        # the first column of the sorted distances is the client's own zero
-        return distances.sort(dim=1).values[:, 1 : neighbours + 1].sum(dim=1), distances
+        return krum_scores(distances, neighbours), distances
 
     def screen(self, round: RoundUpdates) -> Screening:
         scores, _ = self.measure(round)
         accepted = torch.zeros_like(round.accepted)
         accepted[scores.argmin()] = True
         return Screening(accepted, torch.ones_like(round.weights), {"score": scores})
+
+
+def krum_scores(distances: Tensor, neighbours: int) -> Tensor:
+    """(N,) the sum of each row's smallest distances, its own zero aside; (N, N) distances are non-negative."""
+    return distances.sort(dim=1).values[:, 1 : neighbours + 1].sum(dim=1)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from defenses._layers import clip_scale, deviations, median, tensors, wide_columns
+from defenses._layers import tensors, wide_columns
+from defenses._statistics import clip_scale, deviations, median
 from fedsim.defense import Aggregated, Defense, RoundUpdates
 from fedsim.distances import norms
 from fedsim.layout import Entry
@@ -50,6 +51,7 @@ class Lasa(Defense):
     """
 
     paper = "Xu et al., Achieving Byzantine-Resilient Federated Learning via LASA, WACV 2025, arXiv 2409.01435"
+    cost = "O(N D) time, a few copies of one row"
     Parameters = LasaParameters
 
     def aggregate(self, round: RoundUpdates) -> Aggregated:

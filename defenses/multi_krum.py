@@ -44,6 +44,7 @@ class MultiKrum(Krum):
     """
 
     paper = "Blanchard et al., Byzantine-Tolerant Machine Learning, NeurIPS 2017, arXiv 1703.02757"
+    cost = "O(N² D) time, O(N²) memory"
     Parameters = MultiKrumParameters
 
     @classmethod

@@ -56,6 +56,7 @@ class MultiMetrics(Defense):
     """
 
     paper = "Huang et al., Multi-metrics adaptively identifies backdoors in Federated Learning, arXiv 2303.06601"
+    cost = "O(N² D) time, O(N²) memory (variant paper: O(N D), O(N))"
     Parameters = MultiMetricsParameters
     min_clients = 4
 

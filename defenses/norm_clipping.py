@@ -33,6 +33,7 @@ class NormClipping(Defense):
     """
 
     paper = "Sun et al., Can You Really Backdoor Federated Learning?, arXiv 1911.07963"
+    cost = "O(N D) time, one copy of the updates"
     Parameters = NormClippingParameters
 
     def screen(self, round: RoundUpdates) -> Screening:

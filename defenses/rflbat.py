@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from defenses._layers import compact, count_clusters, kmeans, median, seed_of
+from defenses._clustering import compact, count_clusters, kmeans, seed_of
+from defenses._statistics import median
 from fedsim.defense import Defense, RoundUpdates, Screening
 from fedsim.distances import cosine_distances, norms
 from fedsim.plugins import Parameters, parameter, register
@@ -48,6 +49,7 @@ class Rflbat(Defense):
     """
 
     paper = "Wang et al., RFLBAT: A Robust Federated Learning Algorithm against Backdoor Attack, arXiv 2201.03772"
+    cost = "O(N² D) time, O(N²) memory"
     Parameters = RflbatParameters
 
     def screen(self, round: RoundUpdates) -> Screening:

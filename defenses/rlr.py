@@ -47,6 +47,7 @@ class Rlr(Defense):
     paper = (
         "Ozdayi et al., Defending against Backdoors in Federated Learning with Robust Learning Rate, arXiv 2007.03767"
     )
+    cost = "O(N D) time (rule median: O(D N log N)), O(D) memory"
     Parameters = RlrParameters
 
     @classmethod

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from defenses._clustering import largest_cluster, mean_shift
+from defenses._statistics import clip_scale, cosines, similarities
 from fedsim.defense import Defense, RoundUpdates, Screening
-from fedsim.distances import columns, cosine_distances, norms, squared_distances
+from fedsim.distances import norms, squared_distances
 from fedsim.plugins import Parameters, parameter, register
 
 
@@ -58,6 +59,7 @@ class SignGuard(Defense):
     """
 
     paper = "Xu et al., Byzantine-robust FL through Collaborative Malicious Gradient Filtering, arXiv 2109.05872"
+    cost = "O(N D) time, one copy of the updates"
     Parameters = SignGuardParameters
 
     def draw(self, total: int, source: torch.Generator) -> Tensor:
@@ -77,7 +79,7 @@ class SignGuard(Defense):
         shares = shares / (shares.amax(dim=0) + 1e-8)
         previous = self.state.get("previous")
         if self.parameters.similarity == "cosine":
-            cosine = cosines(rows, None if previous is None else previous.to(rows))
+            cosine = similarities(rows).median(dim=1).values if previous is None else cosines(rows, previous.to(rows))
             middle = cosine.median()
             near = cosine.clamp(min=0).minimum(middle) / (5 * middle + 1e-8)
             return torch.cat([shares, torch.where(middle > 0, near, torch.zeros_like(near))[:, None]], dim=1)
@@ -105,29 +107,9 @@ class SignGuard(Defense):
     def transform(self, round: RoundUpdates) -> Tensor:
         length = norms(round.seen(self.parameters.scope))
         bound = length.median()  # torch takes the lower of two middle values
-        scale = torch.where(length > bound, bound / length, torch.ones_like(length))
-        return round.updates * scale.to(round.updates.dtype)[:, None]
+        return round.updates * clip_scale(length, bound).to(round.updates.dtype)[:, None]
 
     def finish(self, vector: Tensor, round: RoundUpdates) -> Tensor:
         if self.parameters.similarity != "none":
             self.state["previous"] = vector[: round.seen(self.parameters.scope).shape[1]].clone()
         return vector
-
-
-def cosines(rows: Tensor, previous: Tensor | None) -> Tensor:
-    """(N,) float64: cos(xᵢ, previous), or without it the lower median over j of cos(xᵢ, xⱼ) with cos(xᵢ, xᵢ) = 0.
-
-    A zero row is similar to nobody.
-    """
-    length = norms(rows)
-    if previous is not None:
-        total = torch.zeros_like(length)
-        for block, part in zip(columns(rows), columns(previous[None]), strict=True):
-            total += block.to(torch.float64) @ part[0].to(torch.float64)
-        scale = length * norms(previous[None])
-        return torch.where(scale > 0, total / scale, torch.zeros_like(total))
-    matrix = 1 - cosine_distances(rows)
-    still = length == 0
-    matrix[still] = matrix[:, still] = 0
-    matrix.fill_diagonal_(0)
-    return matrix.median(dim=1).values

@@ -40,6 +40,7 @@ class SparseFed(Defense):
     """
 
     paper = "Panda et al., SparseFed: Mitigating Model Poisoning Attacks with Sparsification, arXiv 2112.06274"
+    cost = "O(N D) time, O(D) memory"
     Parameters = SparseFedParameters
 
     def aggregate(self, round: RoundUpdates) -> Aggregated:

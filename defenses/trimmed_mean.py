@@ -54,6 +54,7 @@ class TrimmedMean(Defense):
     """
 
     paper = "Yin et al., Byzantine-Robust Distributed Learning, ICML 2018, arXiv 1803.01498"
+    cost = "O(D N log N) time, O(D) memory"
     Parameters = TrimmedMeanParameters
 
     @classmethod

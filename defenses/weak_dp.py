@@ -35,6 +35,7 @@ class WeakDp(NormClipping):
     """
 
     paper = "Sun et al., Can You Really Backdoor Federated Learning?, arXiv 1911.07963"
+    cost = "O(N D) time, one copy of the updates"
     Parameters = WeakDpParameters
 
     def finish(self, vector: Tensor, round: RoundUpdates) -> Tensor:

@@ -1,4 +1,5 @@
-"""The command line: ``fedsim run``, ``validate``, ``list``, ``describe``, ``report``.
+"""The command line: ``fedsim run``, ``bench``, ``validate``, ``list``, ``describe``, ``report``,
+``compare``.
 
 Exit status: 0 done, 1 the run failed, 2 bad input, 130 interrupted.
 """
@@ -89,6 +90,88 @@ def run(
 
 
 @app.command()
+def bench(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or the name of a shipped benchmark.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Change any key for all cells, or the definition.",
+        ),
+    ] = None,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Directory of the benchmark (default: bench/NAME under output.dir)."),
+    ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", metavar="N", min=1, help="Runs at a time (default: as cores and memory allow)."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells and whatever is wrong with them; play nothing.")
+    ] = False,
+) -> None:
+    """Play a grid of attacks × triggers × defenses × seeds …, and compare.
+
+    Stopped or killed, the same command plays what is missing and leaves alone what is complete; cells may be added.
+    Cells that differ only in the adversary share one clean twin. A cell that fails is reported, the others go on, and
+    the exit status is 1. KEY=VALUE changes a key for all cells; seeds=… and grid.AXIS=… change the definition.
+
+    \b
+    A benchmark is a YAML file:
+      base: quickstart               # what every cell starts from: a name or file
+      set: {federation.rounds: 60}   # changes for all cells
+      seeds: \\[1, 2]
+      grid:
+        attack: \\[data_poisoning, {name: anticipate, k: 5}]
+        defense:                     # LABEL: value
+          fedavg: \\[]
+          clip: {name: norm_clipping, bound: 3}
+          clip and krum: \\[{name: norm_clipping, bound: 3}, {name: krum, f: 1}]
+        trigger: \\[patch, blended]   # also schedule, partition, or any key
+        pace: {slow: {set: {training.lr: 0.01}}, usual: {set: {}}}
+      exclude: \\[{attack: anticipate, trigger: patch}]
+      twin: true                     # measure every cell against its clean twin
+
+    \b
+    Examples:
+      fedsim bench quick --dry-run
+      fedsim bench quick 'seeds=\\[1,2,3]' federation.rounds=80 --out runs/quick
+    """
+    from fedsim.benchmark.display import display
+    from fedsim.benchmark.grid import load_grid
+    from fedsim.benchmark.running import default_directory, listed, play
+
+    grid = load_grid(config, overrides or [])
+    where = out_dir or default_directory(grid)
+    if dry_run:
+        for line in listed(grid, where):
+            out.print(line, markup=False, highlight=False, soft_wrap=True)
+        lacking = [problem for problem in grid.problems if problem.absent]
+        if len(lacking) < len(grid.problems):
+            grid.check()
+        for problem in lacking:
+            out.print(f"this machine lacks a file: {problem}", markup=False, highlight=False, soft_wrap=True)
+        return
+    grid.check()
+    try:
+        with display(out) as watcher:
+            done = play(grid, where, jobs=jobs, watcher=watcher)
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command plays what is missing")
+        raise SystemExit(_INTERRUPTED) from None
+    for job in done.failed:
+        err.print(Text.assemble(("failed: ", "bold red"), f"{job.title}: {job.message.strip()}"), soft_wrap=True)
+    if done.report is not None:
+        out.print(f"report: {done.report}", soft_wrap=True, highlight=False)
+    if done.failed:
+        err.print(
+            f"{len(done.failed)} of {len(done.jobs)} runs failed; the same command tries them again", soft_wrap=True
+        )
+        raise typer.Exit(1)
+
+
+@app.command()
 def validate(
     configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="Files, or names of shipped configs.")],
 ) -> None:
@@ -128,7 +211,11 @@ def validate(
 def list_(
     what: Annotated[str | None, typer.Argument(metavar="WHAT", help=", ".join([*LISTS, "configs"]))] = None,
 ) -> None:
-    """List what there is: attacks, defenses, triggers, tasks, models, datasets, schedules, partitions, configs …"""
+    """List what there is: attacks, defenses, triggers, tasks, models, datasets, schedules, partitions, configs …
+
+    The list of one kind says of a method, too, what it knows or needs, what it costs (N clients, D weights), and its
+    paper.
+    """
     from fedsim import plugins
     from fedsim.config import shipped
 
@@ -144,7 +231,9 @@ def list_(
         table.add_column("name", style="bold", no_wrap=True)
         table.add_column("what it is")
         for name in plugins.names(kind):
-            table.add_row(name, escape(plugins.get(kind, name).summary()))
+            cls = plugins.get(kind, name)
+            facts = _facts(cls) if what else []
+            table.add_row(name, Text.assemble(cls.summary(), *[("\n" + line, "dim") for line in facts]))
         out.print(table)
 
 
@@ -176,25 +265,64 @@ def describe(
     cls: Any = plugins.get(kind, name)
     out.print(Text(f"{kind} {name}", style="bold"))
     out.print(Text(_dedent(cls.__doc__ or "")), soft_wrap=True)
-    if cls.paper:
-        out.print(Text(f"\npaper: {cls.paper}"), soft_wrap=True)
+    out.print()
+    facts = {"paper": cls.paper, "cost": cls.cost, "tasks": ", ".join(cls.tasks)}
     if kind == "attack":
-        out.print(Text(f"knows: {_knowledge(cls)}"), soft_wrap=True)
+        facts |= {"knows": knowledge(cls), "backdoor": _yes(cls.backdoor)}
     if kind == "defense":
-        out.print(Text(f"needs at least {cls.min_clients} clients; own aggregation rule: {_yes(cls.aggregates())}"))
+        facts |= {"needs": needs(cls), "own aggregation rule": _yes(cls.aggregates())}
+    for fact, value in facts.items():
+        if value:
+            out.print(Text(f"{fact}: {value}"), soft_wrap=True)
     out.print()
     _parameters_table(cls.Parameters)
 
 
 @app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories.")],
+    directories: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Run directories, or directories that hold runs.")
+    ],
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where the report of many runs goes (default: the one DIR given)."),
+    ] = None,
 ) -> None:
-    """Write report.html and the figures of runs anew."""
-    from fedsim.report import write_report
+    """Write a run's report.html and figures anew; of many runs, the page that compares them, with tables.
 
-    for directory in directories:
-        out.print(str(write_report(directory)), markup=False, highlight=False, soft_wrap=True)
+    Examples:
+      fedsim report runs/quickstart/20260101-120000-seed1
+      fedsim report runs/bench
+      fedsim report runs/a runs/b --out runs/a-and-b
+    """
+    from fedsim.recording.results import run_directories
+    from fedsim.report import write_grid_report, write_report
+
+    single = len(directories) == 1 and out_dir is None
+    if single and (not directories[0].is_dir() or not set(run_directories(directories[0])) - {directories[0]}):
+        page = write_report(directories[0])
+    elif out_dir is None and not single:
+        raise InputError("the report of several directories needs a place: add --out DIR")
+    else:
+        page = write_grid_report(directories, out_dir or directories[0])
+    out.print(str(page), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A run directory, or a directory of runs (several seeds).")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The one to compare it with.")],
+) -> None:
+    """Put two runs, or two sets of runs, side by side: what differs in their configs, then their numbers.
+
+    Runs of several seeds are compared in pairs, seed by seed.
+
+    Examples:
+      fedsim compare runs/krum runs/norm_clipping
+    """
+    from fedsim.report.comparison import compare as side_by_side
+
+    out.print(side_by_side(a, b))
 
 
 def main() -> None:
@@ -238,15 +366,42 @@ def _dedent(text: str) -> str:
     return inspect.cleandoc(text)
 
 
-def _knowledge(cls: Any) -> str:
+def _defaults(cls: Any) -> Any:
+    """The default parameters of a plugin; None where one of them has no default."""
+    try:
+        return cls.Parameters()
+    except TypeError:
+        return None
+
+
+def knowledge(cls: Any) -> str:
     """What an attack sees with its default parameters, and what others may add."""
-    required = dataclasses.MISSING
-    complete = all(
-        f.default is not required or f.default_factory is not required for f in dataclasses.fields(cls.Parameters)
-    )
-    usual = cls.knowledge(cls.Parameters()) if complete else cls.knows
+    defaults = _defaults(cls)
+    usual = cls.knows if defaults is None else cls.knowledge(defaults)
     more = sorted(str(k) for k in cls.knows - usual)
     return ", ".join(sorted(str(k) for k in usual)) + (f"; by its parameters also {', '.join(more)}" if more else "")
+
+
+def needs(cls: Any) -> str:
+    """What a defense needs besides updates, with its default parameters."""
+    defaults = _defaults(cls)
+    least = cls.min_clients if defaults is None else cls.required_clients(defaults)
+    parts = {
+        f"{least} clients or more": least > 1,
+        "the network at the server": cls.needs_network or cls.needs_data,
+        "data at the server": cls.needs_data,
+        "honest clients that take part in it": cls.client_side(),
+    }
+    return ", ".join(part for part, needed in parts.items() if needed) or "the updates only"
+
+
+def _facts(cls: Any) -> list[str]:
+    """In two lines: what a method knows or needs and what it costs; its paper."""
+    wanted = (
+        f"knows {knowledge(cls)}" if cls.kind == "attack" else f"needs {needs(cls)}" if cls.kind == "defense" else ""
+    )
+    cost = f"cost: {cls.cost}" if cls.cost else ""
+    return [line for line in (" · ".join(filter(None, (wanted, cost))), cls.paper) if line]
 
 
 def _yes(value: bool) -> str:

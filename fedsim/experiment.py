@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,6 +122,8 @@ def run(
     twin: bool | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    twin_from: Path | None = None,
+    clients_of: Config | None = None,
 ) -> Run:
     """Play an experiment.
 
@@ -132,13 +134,16 @@ def run(
     twin: also play the clean twin; default: ``evaluation.twin``.
     resume: continue what lies in ``out`` (a finished run is returned as it is).
     progress: who is told.
+    twin_from: take the clean twin from this finished run without an attack instead of playing it.
+    clients_of: meet the clients that this experiment meets, all of them honest: how a clean twin is played as a run of
+        its own where attackers have fixed places, or always reply while others drop out.
 
     Raises
     ------
     ConfigError, InputError: something given cannot be used. RunError: the run failed; what is on disk is whole.
     """
     config = config if isinstance(config, Config) else load_config(config)
-    rounds = plan(config)
+    rounds = plan(config) if clients_of is None else [replace(r, malicious={}) for r in plan(clients_of)]
     problems = plan_problems(config, rounds)
     if problems:
         raise ConfigError(problems)
@@ -146,9 +151,8 @@ def run(
     progress = progress or Silent()
     with locked(directory, resume), _one_thread():
         progress.say(f"run directory: {directory}")
-        return _Experiment(config, rounds, directory, progress).play(
-            config.evaluation.twin if twin is None else twin, resume
-        )
+        with_twin = twin_from is not None or (config.evaluation.twin if twin is None else twin)
+        return _Experiment(config, rounds, directory, progress, twin_from).play(with_twin, resume)
 
 
 @contextlib.contextmanager
@@ -181,20 +185,25 @@ def choose_device(name: str) -> torch.device:
 class _Experiment:
     """The parts of one run, built in the order that finds mistakes early."""
 
-    def __init__(self, config: Config, rounds: list[RoundPlan], directory: Path, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: Config,
+        rounds: list[RoundPlan],
+        directory: Path,
+        progress: Progress,
+        twin_from: Path | None = None,
+    ) -> None:
         self.config, self.plan, self.directory, self.progress = config, rounds, directory, progress
+        self.twin_from = twin_from
         self.started = time.time()
-        # What a result depends on: everything but the engine and where it is written.
-        relevant = {k: v for k, v in config.to_dict().items() if k not in ("engine", "output", "name")}
-        relevant["evaluation"].pop("twin")
-        self.config_hash = hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+        self.config_hash = config_hash(config)
         self.device = choose_device(config.engine.device)
         self.workers = 1
 
     def play(self, with_twin: bool, resume: bool) -> Run:
         if resume and (self.directory / "config.yaml").exists():
             self._check_same_config()
-            if (self.directory / "summary.json").exists() and (not with_twin or _is_played(self.directory / TWIN)):
+            if (self.directory / "summary.json").exists() and (not with_twin or is_played(self.directory / TWIN)):
                 self.progress.say("this run is complete")
                 return Run.open(self.directory)
         self._prepare()
@@ -208,7 +217,10 @@ class _Experiment:
                 self._rounds(grid, self.directory, honest=False)
                 if with_twin and self.config.attack is not None:
                     (self.directory / TWIN).mkdir(exist_ok=True)
-                    self._rounds(grid, self.directory / TWIN, honest=True)
+                    if self.twin_from is None:
+                        self._rounds(grid, self.directory / TWIN, honest=True)
+                    else:
+                        self._take_twin(self.twin_from)
             finally:
                 grid.close()
                 self.evaluator.close()
@@ -224,18 +236,28 @@ class _Experiment:
 
     def _check_same_config(self) -> None:
         """Raises InputError if the directory's run is another one, naming the keys that differ."""
-        there = load_config(self.directory / "config.yaml").to_dict()
-        here = self.config.to_dict()
-        ignored = ("engine", "output", "name", "evaluation.twin")
-        differing = [
+        keys = differing(load_config(self.directory / "config.yaml"), self.config)
+        if keys:
+            raise InputError(f"{self.directory} holds a run of another config; these keys differ: {', '.join(keys)}")
+
+    def _take_twin(self, source: Path) -> None:
+        """Put the tables of a clean twin that was played as a run of its own where this run's own would be.
+
+        Raises
+        ------
+        InputError: it is not finished, or not this run without its attack.
+        """
+        there = load_config(source / "config.yaml")
+        keys = [
             key
-            for key in sorted(set(_flat(there)) | set(_flat(here)))
-            if not key.startswith(ignored) and _flat(there).get(key) != _flat(here).get(key)
+            for key in differing(there, self.config)
+            if not key.startswith("attack.") or key.startswith("attack.trigger.")
         ]
-        if differing:
-            raise InputError(
-                f"{self.directory} holds a run of another config; these keys differ: {', '.join(differing)}"
-            )
+        if there.attack is None or there.attack.name != "none" or keys or not is_played(source):
+            raise InputError(f"{source} is not the finished clean twin of this run ({', '.join(keys) or 'its attack'})")
+        for name in ("timings.parquet", "clients.parquet", "rounds.parquet"):  # the last one says that it is played
+            raw = (source / name).read_bytes()
+            write_atomic(self.directory / TWIN / name, lambda path, raw=raw: path.write_bytes(raw))  # type: ignore[misc]
 
     def _prepare(self) -> None:
         """Load the data, split it, build the model: whatever is wrong with them shows here."""
@@ -273,7 +295,9 @@ class _Experiment:
         self.workers = workers
         if self.device.type == "cuda":
             gpus = torch.cuda.device_count() / workers if engine.gpus_per_worker is None else engine.gpus_per_worker
-        resources = Resources(workers, engine.cpus_per_worker, gpus, engine.address, engine.retries)
+        resources = Resources(
+            workers, engine.cpus_per_worker, gpus, engine.address, engine.retries, engine.client_timeout
+        )
         self.progress.say(f"starting {workers} Ray worker{'s' if workers != 1 else ''}")
         ours = start_ray(resources) or connected
         return RayGrid(
@@ -300,7 +324,7 @@ class _Experiment:
     def _rounds(self, grid: LocalGrid, directory: Path, *, honest: bool) -> None:
         """Play the rounds of the run or of its twin, from the last checkpoint on."""
         tables = Tables(directory)
-        if _is_played(directory):
+        if is_played(directory):
             return
         stages: list[Defense] = [stage.create() for stage in self.config.defense]
         strategy = FederatedStrategy(
@@ -373,6 +397,8 @@ class _Experiment:
         for client in record.clients:
             if client.status in ("failed", "rejected"):
                 self.progress.say(f"round {record.round}: client {client.client} {client.status}: {client.reason}")
+        if record.note:
+            self.progress.say(f"round {record.round}: {record.note.removeprefix(f'round {record.round}: ')}")
         record.seconds["record"] = self._last_record_seconds
         record.seconds["total"] = sum(record.seconds.get(k, 0.0) for k in ("train", "aggregate", "evaluate", "record"))
         tables.add(record)
@@ -460,7 +486,23 @@ def _fitting(value: Any, like: Tensor) -> Tensor:
     return value.to(like.device)
 
 
-def _is_played(directory: Path) -> bool:
+def config_hash(config: Config) -> str:
+    """SHA-256 of what a result depends on: everything but the engine and where it is written."""
+    relevant = {k: v for k, v in config.to_dict().items() if k not in ("engine", "output", "name")}
+    relevant["evaluation"].pop("twin")
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+
+def differing(one: Config, other: Config) -> list[str]:
+    """The keys, of those a result depends on, in which two configs differ."""
+    first, second = _flat(one.to_dict()), _flat(other.to_dict())
+    ignored = ("engine", "output", "name", "evaluation.twin")
+    return [
+        key for key in sorted({*first, *second}) if not key.startswith(ignored) and first.get(key) != second.get(key)
+    ]
+
+
+def is_played(directory: Path) -> bool:
     """Whether all rounds of a run, or of its twin, are in the tables there (the journal goes with the last)."""
     return (directory / "rounds.parquet").exists() and not (directory / JOURNAL).exists()
 

@@ -29,6 +29,18 @@ SENTINEL = "fedsim-backdoor"
 """What ``__fedsim__`` holds in our own ``attacks`` and ``defenses`` packages (the names are generic)."""
 
 KINDS = ("attack", "defense", "trigger", "schedule", "craft", "task", "model", "dataset", "partition")
+_WRITTEN = {
+    "attack": "attack.name: {}",
+    "defense": "defense: [{}]",
+    "trigger": "attack.trigger: {}",
+    "schedule": "attack.schedule: {}",
+    "craft": "attack.craft: [{}]",
+    "task": "task.name: {}",
+    "model": "task.model: {}",
+    "dataset": "task.data: {}",
+    "partition": "federation.partition: {}",
+}
+"""How a config names a plugin of each kind."""
 ENTRY_POINT_GROUPS = ("fedsim.attacks", "fedsim.defenses", "fedsim.triggers", "fedsim.tasks")
 _ROOMS = ("fedsim.tasks", "fedsim.federation.schedule", "fedsim.trigger", "fedsim.attack")
 
@@ -252,11 +264,19 @@ def get(kind: str, name: str) -> type[Plugin]:
 
 
 def unknown(kind: str, name: object) -> str:
-    """The message for a name nobody registered."""
+    """The message for a name nobody registered; where it is that of another kind, it says what to write."""
     known = names(kind)
+    elsewhere = [other for other in KINDS if str(name) in _registry[other]]
     near = difflib.get_close_matches(str(name), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    if elsewhere:
+        hint = "".join(f"; it is {_a(other)}: write {_WRITTEN[other].format(name)}" for other in elsewhere)
+    else:
+        hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"no {kind} is called {name!r}{hint} (there are: {', '.join(known)})"
+
+
+def _a(kind: str) -> str:
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def create(kind: str, name: str, **values: Any) -> Any:

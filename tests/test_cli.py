@@ -313,6 +313,7 @@ def test_the_rounds_table(finished):
         "asr_examples",
         "malicious_submitted",
         "malicious_accepted",
+        "defense",
     ]
     assert rounds["perplexity"].isna().all()
     assert [len(row) for row in rounds["class_accuracy"]] == [10] * 6

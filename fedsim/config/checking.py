@@ -8,7 +8,8 @@ import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, field, fields
+from dataclasses import MISSING, Field, fields
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -44,6 +45,22 @@ def build(raw: Mapping[str, Any], source: str = "", *, possible: bool = True) ->
     return typing.cast(Config, config)
 
 
+_LONGEST = 200  # characters of a value in a message
+
+
+def brief(value: object, *, quoted: bool = True) -> str:
+    """A value as a message shows it: in one line, without what would steer a terminal, cut where it is long.
+
+    quoted: as Python writes it (``'text'``); else as text.
+    """
+    try:
+        text = repr(value) if quoted else str(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of too many digits"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+
+
 def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
@@ -53,7 +70,7 @@ def _section(cls: type, raw: Any, path: str, problems: list[Problem]) -> Any:
     if raw is None:
         raw = {}
     if not isinstance(raw, Mapping):
-        problems.append(Problem(path, f"expected a mapping of keys to values, got {raw!r}"))
+        problems.append(Problem(path, f"expected a mapping of keys to values, got {brief(raw)}"))
         raw = {}
     known = {f.name: f for f in fields(cls) if not f.metadata.get("internal")}
     values: dict[str, Any] = {}
@@ -87,7 +104,7 @@ def _method(cls: type[MethodSection], raw: Any, path: str, problems: list[Proble
     if isinstance(raw, str):
         raw = {"name": raw}
     if not isinstance(raw, Mapping):
-        problems.append(Problem(path, f"expected a mapping with a name, got {raw!r}"))
+        problems.append(Problem(path, f"expected a mapping with a name, got {brief(raw)}"))
         raw = {}
     generic = {f.name for f in fields(cls)} - {"parameters"}
     own = {key: value for key, value in raw.items() if key not in generic}
@@ -104,7 +121,7 @@ def read_choice(kind: str, raw: Any, path: str, problems: list[Problem]) -> Choi
         raw = {"name": raw}
     if not isinstance(raw, Mapping) or not isinstance(raw.get("name"), str):
         there = ", ".join(plugins.names(kind))
-        problems.append(Problem(path, f"expected a name, or a mapping with one, got {raw!r} (there are: {there})"))
+        problems.append(Problem(path, f"expected a name, or a mapping with one, got {brief(raw)} (there are: {there})"))
         return Choice(kind, "", Parameters())
     own = {key: value for key, value in raw.items() if key != "name"}
     return Choice(kind, raw["name"], _parameters(kind, raw["name"], own, path, problems))
@@ -116,7 +133,7 @@ def _choice_list(kind: str, raw: Any, path: str, problems: list[Problem]) -> lis
     if isinstance(raw, (str, Mapping)):
         raw = [raw]
     if not isinstance(raw, Sequence):
-        problems.append(Problem(path, f"expected a list, each with a name, got {raw!r}"))
+        problems.append(Problem(path, f"expected a list, each with a name, got {brief(raw)}"))
         return []
     return [read_choice(kind, item, _join(path, i), problems) for i, item in enumerate(raw)]
 
@@ -145,7 +162,8 @@ def _report_unknown(keys: Sequence[Any], known: Sequence[str], path: str, proble
     for key in keys:
         near = difflib.get_close_matches(str(key), known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        problems.append(Problem(_join(path, key), f"unknown key; {hint}allowed here: {', '.join(known) or 'none'}"))
+        where = _join(path, brief(key, quoted=False) or "''")
+        problems.append(Problem(where, f"unknown key; {hint}allowed here: {', '.join(known) or 'none'}"))
 
 
 def _leaves(cls: type, raw: Mapping[str, Any], path: str, problems: list[Problem]) -> dict[str, Any]:
@@ -155,25 +173,35 @@ def _leaves(cls: type, raw: Mapping[str, Any], path: str, problems: list[Problem
     result: dict[str, Any] = {}
     for name, value in raw.items():
         here, hint = _join(path, name), hints[name]
-        shape = dataclasses.make_dataclass("Leaf", [("value", hint, field(default=dataclasses.MISSING))])
         try:
-            node = OmegaConf.structured(shape(value=_default_for(by_name[name])))
+            node = OmegaConf.structured(_leaf(hint)(value=_default_for(by_name[name])))
             OmegaConf.update(node, "value", value)
             converted = OmegaConf.to_container(node)["value"]  # type: ignore[index,call-overload]
             if isinstance(converted, bool) and not isinstance(value, (bool, str)):
                 raise OmegaConfBaseException  # to OmegaConf 7 is true
+            if isinstance(converted, list) and any(isinstance(item, (list, dict)) for item in converted):
+                raise OmegaConfBaseException  # it does not look into them
         except OmegaConfBaseException:
-            problems.append(Problem(here, f"expected {type_name(hint)}, got {value!r}"))
+            problems.append(Problem(here, f"expected {type_name(hint)}, got {brief(value)}"))
             continue
         if _missing(converted):
             problems.append(Problem(here, f"expected {type_name(hint)}, got ??? (a value still to be filled in)"))
             continue
-        problem = plugins.range_problem(by_name[name], converted)
+        try:
+            problem = plugins.range_problem(by_name[name], converted)
+        except ValueError:  # it cannot even be written out
+            problem = "a number of too many digits; use a finite number"
         if problem:
             problems.append(Problem(here, problem))
         else:
             result[name] = converted
     return result
+
+
+@cache
+def _leaf(hint: Any) -> Any:
+    """A class with one field of that type: what OmegaConf checks a value against."""
+    return dataclasses.make_dataclass("Leaf", [("value", hint)])
 
 
 def _missing(value: Any) -> bool:
@@ -202,6 +230,8 @@ def type_name(hint: Any) -> str:
 
 _SIZED_KINDS = ("attack", "defense", "partition", "schedule")
 """Plugins that may measure themselves against the number of clients or rounds."""
+_MOST_PLANNED = 10_000_000
+"""Rounds, and clients: who takes part in every round is drawn before the first one."""
 _SIZES = {"federation", "federation.clients", "federation.clients_per_round", "federation.rounds"}
 
 
@@ -221,6 +251,10 @@ def _impossible(config: Config, broken: set[str]) -> list[Problem]:
                 f"use at most federation.clients",
             )
         )
+    for key in ("clients", "rounds"):
+        count = getattr(federation, key)
+        if f"federation.{key}" not in broken and count > _MOST_PLANNED:
+            problems.append(Problem(f"federation.{key}", f"{count} cannot be planned; use at most {_MOST_PLANNED}"))
     if isinstance(engine.workers, str) and engine.workers != "auto":
         problems.append(Problem("engine.workers", f"use a whole number >= 1 or auto, not {engine.workers!r}"))
     if isinstance(engine.workers, int) and engine.workers < 1:

@@ -7,6 +7,7 @@ import gzip
 import importlib.metadata
 import io
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ if TYPE_CHECKING:  # the readers import what they need: the engine itself runs w
     import pyarrow as pa
 
 T = TypeVar("T")
+_MOST_EMPTY = 1000  # classes that nobody has named, if there are fewer images
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Of encoded images. Pillow would hand others (EPS) to a program of the system."""
 
 
 def decode_images(column: pa.ChunkedArray, *, source: str, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -44,6 +49,8 @@ def decode_images(column: pa.ChunkedArray, *, source: str, shape: tuple[int, ...
     from PIL import Image
 
     if pa.types.is_struct(column.type):
+        if column.type.get_field_index("bytes") < 0:
+            raise InputError(f"{source}: the image column holds {column.type}, which has no field 'bytes'")
         column = pa.chunked_array([chunk.field("bytes") for chunk in column.chunks])
     if column.null_count:
         row = next(i for i, value in enumerate(column.to_pylist()) if value is None)
@@ -66,9 +73,11 @@ def decode_images(column: pa.ChunkedArray, *, source: str, shape: tuple[int, ...
     images: list[np.ndarray[Any, Any]] = []
     for row, encoded in enumerate(column.to_pylist()):
         try:
-            with Image.open(io.BytesIO(encoded)) as image:
-                pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                    pixels = np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+        except Exception as error:  # what Pillow's readers raise of damaged bytes has no common base
             raise InputError(f"{source}, row {row}: the image cannot be decoded ({error})") from None
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         if images and pixels.shape != images[0].shape:
@@ -86,7 +95,7 @@ def make_data(train: Examples, test: Examples, source: dict[str, Any], classes: 
     ------
     InputError: an empty set, a negative label, or test images of another shape.
     """
-    name = source.get("name", "data")
+    name = f"task.data, {source.get('name', 'data')}"
     for part, examples in (("training", train), ("test", test)):
         if len(examples) == 0:
             raise InputError(f"{name}: the {part} set is empty")
@@ -99,6 +108,12 @@ def make_data(train: Examples, test: Examples, source: dict[str, Any], classes: 
     found = int(max(train.labels.max(), test.labels.max())) + 1
     if classes is not None and found > classes:
         raise InputError(f"{name}: a label is {found - 1}, but there are {classes} classes (labels count from 0)")
+    count = len(train) + len(test)
+    if classes is None and found > max(count, _MOST_EMPTY):
+        raise InputError(
+            f"{name}: a label is {found - 1}, but there are only {count} images; number the classes from 0, or say how "
+            f"many there are in task.data.classes"
+        )
     mean, std = _statistics(train.inputs)
     return Data(train, test, classes or found, mean, std, source, fingerprint(train, test))
 

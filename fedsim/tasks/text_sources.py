@@ -64,7 +64,9 @@ def of_length(texts: Texts, min_words: int | None, max_words: int | None, name: 
     before -= np.repeat(before[first], counts)
     keep = np.repeat(total >= (min_words or 0), counts)
     if not keep.any():
-        raise InputError(f"{name}: nobody wrote {min_words} words, the most is {total.max()}; lower min_words")
+        raise InputError(
+            f"task.data, {name}: nobody wrote {min_words} words, the most is {total.max()}; lower min_words"
+        )
     if max_words is not None:
         keep &= before < max_words
     return texts.subset(torch.from_numpy(np.flatnonzero(keep)))
@@ -139,7 +141,7 @@ def make_corpus(
     ------
     InputError: an empty set, a negative label, one beyond the classes, or labels with gaps.
     """
-    name = source.get("name", "data")
+    name = f"task.data, {source.get('name', 'data')}"
     for part, texts in (("training", train), ("test", test)):
         if len(texts) == 0:
             raise InputError(f"{name}: the {part} set is empty")
@@ -354,7 +356,7 @@ class TextTable(Dataset):
             for some in (rows[:count], rows[count:])
         )
         first = of_length(first, p.min_words, p.max_words, self.name)
-        _refuse_negative(first, f"{self.name}: the training set")  # before some are left out as duplicates
+        _refuse_negative(first, f"task.data, {self.name}: the training set")  # before some are left out as duplicates
         if test is None and first.labels is not None:
             first, rest = split_by_label(first, p.test_fraction, numpy_generator(0, "held out", self.name))
         elif test is None:

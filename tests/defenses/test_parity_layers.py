@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from defenses._layers import compact, count_clusters, deviations
+from defenses._clustering import compact, count_clusters
+from defenses._statistics import deviations
 from defenses.alignins import Alignins
 from defenses.auror import minorities
 from defenses.fldetector import hessian_product

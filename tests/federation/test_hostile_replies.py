@@ -28,7 +28,11 @@ from fedsim.layout import FlatModel, Layout
 CLASSES, EXAMPLES = 3, 20
 SOURCE = torch.Generator().manual_seed(0)
 HELD = torch.randn(24, 6, generator=SOURCE), torch.randint(0, CLASSES, (24,), generator=SOURCE)
-REQUIRED: dict[str, dict[str, Any]] = {"flower": {"strategy": "FedMedian"}, "snowball": {"furthest": 2}}
+REQUIRED: dict[str, dict[str, Any]] = {
+    "flower": {"strategy": "FedMedian"},
+    "snowball": {"furthest": 2},
+    "deepsight": {"inputs": 50},
+}
 DEFENSES = plugins.names("defense")
 
 
