@@ -48,7 +48,8 @@ class AttackContext:
     settings: how the attacker trains; benign: how everybody else trains in this round.
     round: from 1. clients_per_round: n, as many as take part. num_examples: of this client.
     total_examples: of all that take part this round.
-    attacker: running number of the attacker among its colluders, from 0 (a distributed trigger's part).
+    attacker: running number of the attacker, from 0 (a distributed trigger's part is chosen by it); it runs on over the
+        rounds, and belongs to a client where the schedule keeps its attackers.
     state: what the attack kept from its last malicious round; write into it.
     generator: the client's random stream for this round.
     benign_batches: clean batches of ``count`` sampled benign clients (needs Knowledge.BENIGN_DATA).

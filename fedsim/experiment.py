@@ -247,6 +247,8 @@ class _Experiment:
         ------
         InputError: it is not finished, or not this run without its attack.
         """
+        if self.evaluator.trigger is not None and self.evaluator.trigger.learnt():
+            raise InputError("the floor of a learnt trigger is measured with what it became: play the run's own twin")
         there = load_config(source / "config.yaml")
         keys = [
             key
