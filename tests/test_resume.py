@@ -332,6 +332,19 @@ def test_resuming_nothing_is_starting(server: Server, whole: Path, tmp_path: Pat
 # ----------------------------------------------------------------------------------------------------- complete
 
 
+def test_a_run_killed_before_its_last_file_is_ended(whole: Path, tmp_path: Path) -> None:
+    """The manifest says last that it is finished; whatever is missing before is written when it is resumed."""
+    shutil.copytree(whole, tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    (tmp_path / "run" / "report.html").unlink(missing_ok=True)
+    run(load_config(CONFIG, {"output.report": True}), out=tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "report.html").is_file()
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "finished"
+    for name in ("rounds.parquet", "clients.parquet", "model.safetensors", "summary.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_a_complete_run_is_returned_as_it_is(whole: Path) -> None:
     class Strict(Silent):
         lines: list[str] = []  # noqa: RUF012

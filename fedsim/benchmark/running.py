@@ -33,7 +33,7 @@ from fedsim.benchmark.directory import is_held, opened
 from fedsim.benchmark.grid import Cell, Grid, file_name
 from fedsim.config import Config, build, load_config
 from fedsim.errors import FedsimError, InputError
-from fedsim.experiment import TWIN, Silent, choose_device, config_hash, differing, is_played, run
+from fedsim.experiment import TWIN, Silent, choose_device, config_hash, differing, is_finished, is_played, run
 from fedsim.federation.client import initial_module
 from fedsim.federation.ray_grid import Resources, start_ray
 from fedsim.federation.schedule import RoundPlan, plan
@@ -102,9 +102,8 @@ class Job:
         keys = differing(load_config(here / "config.yaml"), self.config)
         if keys:
             raise InputError(f"{here} holds a run of another config; these keys differ: {', '.join(keys)}")
-        report = not self.config.output.report or (here / "report.html").is_file()
         marked = self.cell is None or (here / CELL).is_file()
-        return report and marked and _is_finished(here) and (not self._has_twin() or is_played(here / TWIN))
+        return marked and is_finished(here) and (not self._has_twin() or is_played(here / TWIN))
 
     def _has_twin(self) -> bool:
         return self.own_twin or self.twin is not None
@@ -476,14 +475,6 @@ def _bytes_of(config: Config) -> float:
     return _PROCESS_BYTES + 2 * held + model * (config.federation.clients_per_round + _MODELS)
 
 
-def _is_finished(directory: Path) -> bool:
-    try:
-        status = json.loads((directory / "manifest.json").read_text(encoding="utf-8")).get("status")
-    except (OSError, ValueError, AttributeError):
-        return False
-    return bool(status == "finished")
-
-
 def _result(job: Job) -> dict[str, float | None]:
     """Main accuracy and ASR of the last round."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
@@ -527,8 +518,6 @@ def _play_one(
     directory = Path(out)
     try:
         mark = _Mark(directory, cell)
-        if (directory / "config.yaml").is_file():
-            (directory / "summary.json").unlink(missing_ok=True)  # a kill between it and the report: to be ended anew
         run(
             build(raw),
             out=directory,
