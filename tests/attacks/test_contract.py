@@ -239,6 +239,66 @@ def test_coordinate(name: str, scene: Scene) -> None:
     assert torch.equal(result[malicious], once()[malicious])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("what", ["drawn", "equal", "zero", "huge"])
+@pytest.mark.parametrize(("clients", "colluders"), [(1, 1), (2, 1), (2, 2), (3, 1), (3, 3)])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_coordinate_few_odd_updates(name: str, clients: int, colluders: int, what: str, dtype: torch.dtype) -> None:
+    """With one, two, three clients, updates that are equal, zero, or huge: finite, or one clear message."""
+    attack = plugins.create("attack", name)
+    generator = torch.Generator().manual_seed(1)
+    updates = torch.randn(clients, 20, generator=generator, dtype=dtype)
+    if what == "equal":
+        updates = updates[:1].expand(clients, -1).clone()
+    elif what == "zero":
+        updates = torch.zeros_like(updates)
+    elif what == "huge":
+        updates[-1] *= 1e12
+    malicious = torch.arange(clients) < colluders
+    visible = Knowledge.BENIGN_UPDATES in attack.knowledge(attack.parameters)
+    if not visible:
+        updates[~malicious] = torch.nan
+    knowledge = CoordinationKnowledge(
+        round=1,
+        malicious=malicious,
+        global_vector=torch.zeros(20, dtype=dtype),
+        num_examples=torch.ones(clients, dtype=dtype),
+        generator=generator,
+        benign_visible=visible,
+        clients=tuple(range(clients)),
+        attackers=tuple(range(colluders)),
+    )
+    try:
+        made = attack.coordinate(updates, knowledge)
+    except RunError as error:
+        assert name in str(error)  # noqa: PT017
+        return
+    assert made.shape == updates.shape
+    assert made.dtype == dtype
+    assert bool(torch.isfinite(made[malicious]).all())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", [n for n in ATTACKS if n not in ("gaussian_noise", "threedfed")])  # these draw
+def test_a_gpu_coordinates_the_same(name: str) -> None:
+    attack = plugins.create("attack", name)
+    updates = torch.randn(8, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def on(device: str) -> Tensor:
+        knowledge = CoordinationKnowledge(
+            round=1,
+            malicious=(torch.arange(8) < 3).to(device),
+            global_vector=torch.zeros(20, dtype=torch.float64, device=device),
+            num_examples=torch.ones(8, dtype=torch.float64, device=device),
+            generator=torch.Generator(device).manual_seed(0),
+            benign_visible=True,
+        )
+        made: Tensor = attack.coordinate(updates.to(device), knowledge)
+        return made[:3].cpu()
+
+    torch.testing.assert_close(on("cuda"), on("cpu"))
+
+
 @pytest.mark.parametrize("name", ATTACKS)
 def test_says_what_it_is(name: str) -> None:
     cls = attack_class(name)
