@@ -300,6 +300,7 @@ def test_a_reply_that_cannot_be_used_is_rejected_and_the_round_goes_on(cli, tmp_
         ("return update[:-1]", "attack 'saboteur' made an update of shape"),
         ("return update.reshape(-1, 1)", "attack 'saboteur' made an update of shape"),
         ("raise KeyError('my mistake')", "my mistake"),
+        ("raise MemoryError('no more of it')", "no more of it"),
     ],
 )
 def test_an_attack_that_does_not_keep_to_the_interface_ends_the_run(cli, tmp_path, write, body, said):

@@ -163,3 +163,50 @@ def test_a_cluster_that_is_not_there_fails_in_seconds(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["status"] == "failed"
     assert manifest["reason"].startswith("Ray cannot be started")
+
+
+SLEEPER = '''
+"""An attack whose client never ends in round 2."""
+import time
+
+from fedsim.attack import Attack
+from fedsim.plugins import register
+
+
+@register("sleeper")
+class Sleeper(Attack):
+    """Sleeps through round 2."""
+
+    paper = "a test, not published"
+
+    def train(self, context):
+        if context.round == 2:
+            time.sleep(3600)
+        super().train(context)
+'''
+
+
+def test_a_client_that_hangs_is_recorded_and_the_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    config = load_config(
+        CONFIG,
+        {
+            "federation.rounds": 3,
+            "plugins": [str(tmp_path / "sleeper.py")],
+            "attack.name": "sleeper",
+            "engine.client_timeout": 8.0,  # a fresh worker needs some of it to warm up
+        },
+    )
+    lines: list[str] = []
+
+    class Listening(Silent):
+        def say(self, line: str) -> None:
+            lines.append(line)
+
+    finished = run(config, out=tmp_path / "run", progress=Listening())
+    failed = finished.clients[finished.clients["status"] == "failed"]
+    assert failed[["round", "malicious"]].values.tolist() == [[2, True]]
+    assert failed["reason"].iloc[0] == "no reply within 8 s (engine.client_timeout)"
+    assert any("round 2: client" in line and "failed" in line for line in lines)
+    assert finished.rounds["round"].tolist() == [1, 2, 3]
+    assert wait(lambda: not workers(""), 15), "the one that slept is gone, too"
