@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 
 from fedsim.errors import InputError
 from fedsim.recording.results import collect
-from fedsim.report import grid, grid_figures, words, write_grid_report
-from fedsim.report.grid import Slice, slices
+from fedsim.report import grid, grid_figures, grid_pictures, words, write_grid_report
+from fedsim.report.grid_cut import Slice, slices
 from fedsim.report.statistics import Interval
 
 HOSTILE = "<script>alert('gotcha')</script>\"><img src=x onerror=alert(1)>"
@@ -200,7 +200,7 @@ def test_every_file_is_there_and_the_same_every_time(made: Path, report: Path, t
         assert ElementTree.fromstring(files[name]).tag.endswith("svg")
     assert len(pd.read_parquet(report / "results.parquet")) == 13
     part = slices(collect([made / "runs"]), report)[0]
-    picture, _, _ = grid.pictures(part)[0]
+    picture, _, _ = grid_pictures.pictures(part)[0]
     grid_figures.save(picture.figure(), tmp_path, picture.name)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == files[path.name]
@@ -418,7 +418,7 @@ def test_hostile_text_is_shown_and_not_obeyed(tmp_path: Path) -> None:
     assert "alice" not in page.text
     assert (HOSTILE, HOSTILE) in cells_of(page)
     part = slices(collect([tmp_path]), tmp_path / "report")[0]
-    picture, _, _ = next(shown for shown in grid.pictures(part) if shown[0].name == "asr_curves")
+    picture, _, _ = next(shown for shown in grid_pictures.pictures(part) if shown[0].name == "asr_curves")
     for svg in picture.inline("x"):
         assert not list(ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}script"))
         assert "<script" not in svg
@@ -430,7 +430,7 @@ def test_damaged_tables_are_named(tmp_path: Path) -> None:
     part: Slice = slices(collect([tmp_path]), tmp_path)[0]
     (run / "clients.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match=r"clients\.parquet cannot be read"):
-        grid.pictures(part)
+        grid_pictures.pictures(part)
 
 
 # ------------------------------------------------------------------------------------------------- figures
@@ -444,25 +444,25 @@ def test_band_is_the_median_with_the_range_over_common_rounds() -> None:
     series = [
         pd.Series(values, index=rounds) for rounds, values in (([1, 3, 5], [0.0, 0.4, 0.8]), ([2, 4], [0.2, 0.8]))
     ]
-    band = grid._band(series)
+    band = grid_pictures._band(series)
     assert band is not None
     assert band.rounds.tolist() == [2, 3, 4]
     assert band.middle.tolist() == pytest.approx([0.2, 0.45, 0.7])
     assert band.low.tolist() == pytest.approx([0.2, 0.4, 0.6])
     assert band.high.tolist() == pytest.approx([0.2, 0.5, 0.8])
-    many = grid._band([pd.Series([float(i)], index=[1]) for i in range(9)])
+    many = grid_pictures._band([pd.Series([float(i)], index=[1]) for i in range(9)])
     assert many is not None
     assert (many.low[0], many.middle[0], many.high[0]) == (2, 4, 6), "the middle half"
-    assert grid._band([pd.Series([1.0], index=[1]), pd.Series([1.0], index=[2])]) is None
-    assert grid._band([]) is None
+    assert grid_pictures._band([pd.Series([1.0], index=[1]), pd.Series([1.0], index=[2])]) is None
+    assert grid_pictures._band([]) is None
 
 
 def test_roc_is_that_of_the_scores() -> None:
-    perfect = grid._Scored("s", np.array([0.0, 1.0]), np.array([2.0, np.inf]))
-    assert grid._true_positives(perfect).tolist() == [1.0] * 101
-    blind = grid._true_positives(grid._Scored("s", np.zeros(4), np.zeros(3)))
+    perfect = grid_pictures._Scored("s", np.array([0.0, 1.0]), np.array([2.0, np.inf]))
+    assert grid_pictures._true_positives(perfect).tolist() == [1.0] * 101
+    blind = grid_pictures._true_positives(grid_pictures._Scored("s", np.zeros(4), np.zeros(3)))
     assert blind.tolist() == pytest.approx(np.linspace(0, 1, 101).tolist())
-    half = grid._true_positives(grid._Scored("s", np.array([0.0, 2.0]), np.array([1.0, 3.0])))
+    half = grid_pictures._true_positives(grid_pictures._Scored("s", np.array([0.0, 2.0]), np.array([1.0, 3.0])))
     assert half[[0, 49, 51, 100]].tolist() == [0.5, 0.5, 1, 1]
 
 
@@ -471,12 +471,12 @@ def test_scores_are_those_of_attacked_rounds(tmp_path: Path) -> None:
     clients = pd.read_parquet(run / "clients.parquet")
     attacked = clients[clients["round"].isin(clients.loc[clients["malicious"], "round"])]
     score = attacked["scores"].map(lambda pairs: dict(pairs)["krum.score"])
-    found = grid._scored({"run": str(run), "auroc_score": "krum.score"})
+    found = grid_pictures._scored({"run": str(run), "auroc_score": "krum.score"})
     assert found is not None
     assert sorted(found.malicious) == sorted(score[attacked["malicious"]])
     assert sorted(found.benign) == sorted(score[~attacked["malicious"]])
-    assert grid._scored({"run": str(run), "auroc_score": "krum.other"}) is None
-    assert grid._scored({"run": str(run), "auroc_score": ""}) is None
+    assert grid_pictures._scored({"run": str(run), "auroc_score": "krum.other"}) is None
+    assert grid_pictures._scored({"run": str(run), "auroc_score": ""}) is None
 
 
 def test_survival_is_drawn_as_steps_that_stop_where_knowledge_does() -> None:

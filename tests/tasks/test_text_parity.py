@@ -28,7 +28,7 @@ from fedsim.data import Data, Texts
 from fedsim.layout import FlatModel
 from fedsim.local import LocalSettings
 from fedsim.tasks.text import NextWord, Sentiment, WordLoss
-from fedsim.tasks.triggers.text import TargetSentence, place
+from fedsim.tasks.triggers.next_word import TargetSentence, place
 from fedsim.training import fit
 from fedsim.vocabulary import SPECIALS, Vocabulary
 

