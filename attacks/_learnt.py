@@ -17,7 +17,7 @@ from fedsim.trigger import StampTrigger, TriggerParameters
 
 @dataclass(frozen=True)
 class SquareParameters(TriggerParameters):
-    size: int = parameter(5, "side of the square", ge=1)
+    size: int = parameter(5, "side of the square", ge=1, le=4096)
     row: int = parameter(2, "its top row", ge=0)
     column: int = parameter(2, "its left column", ge=0)
 

@@ -22,7 +22,7 @@ from fedsim.trigger import StampTrigger, Trigger
 @dataclass(frozen=True)
 class F3BATriggerParameters(SquareParameters):
     target: int = parameter(8, "class the backdoor maps to", ge=0)
-    size: int = parameter(3, "side of the square", ge=1)
+    size: int = parameter(3, "side of the square", ge=1, le=4096)
     row: int = parameter(3, "its top row", ge=0)
     column: int = parameter(23, "its left column", ge=0)
     pattern_seed: int = parameter(111, "seed of its random pixels before anything is learnt", ge=0)

@@ -10,6 +10,7 @@ import dataclasses
 import sys
 import time
 import typing
+import unicodedata
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -146,7 +147,7 @@ def bench(
     where = out_dir or default_directory(grid)
     if dry_run:
         for line in listed(grid, where):
-            out.print(line, markup=False, highlight=False, soft_wrap=True)
+            out.print(_harmless(line), markup=False, highlight=False, soft_wrap=True)
         lacking = [problem for problem in grid.problems if problem.absent]
         if len(lacking) < len(grid.problems):
             grid.check()
@@ -161,7 +162,8 @@ def bench(
         err.print("interrupted; the same command plays what is missing")
         raise SystemExit(_INTERRUPTED) from None
     for job in done.failed:
-        err.print(Text.assemble(("failed: ", "bold red"), f"{job.title}: {job.message.strip()}"), soft_wrap=True)
+        said = _harmless(f"{job.title}: {job.message.strip()}")
+        err.print(Text.assemble(("failed: ", "bold red"), said), soft_wrap=True)
     if done.report is not None:
         out.print(f"report: {done.report}", soft_wrap=True, highlight=False)
     if done.failed:
@@ -357,7 +359,12 @@ def _guarded(call: Callable[..., Any]) -> int:
 
 
 def _complain(error: FedsimError) -> None:
-    err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+    err.print(Text.assemble(("error: ", "bold red"), _harmless(str(error))), soft_wrap=True)
+
+
+def _harmless(text: str) -> str:
+    """Text from a config, a file or a client as it may be shown: nothing in it steers a terminal."""
+    return "".join(c if unicodedata.category(c)[0] != "C" or c in "\n\t" else "�" for c in text)
 
 
 def _dedent(text: str) -> str:
@@ -484,7 +491,7 @@ class _Lines:
         out.print(f"{what}: {rounds - done} rounds to play", highlight=False)
 
     def say(self, line: str) -> None:
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+        out.print(_harmless(line), highlight=False, markup=False, soft_wrap=True)
 
     def client(self) -> None: ...
 
@@ -528,7 +535,7 @@ class _Live:
         self._task = self._progress.add_task(what, total=rounds, completed=done, numbers="")
 
     def say(self, line: str) -> None:
-        self._progress.console.print(line, markup=False, highlight=False)
+        self._progress.console.print(_harmless(line), markup=False, highlight=False)
 
     def client(self) -> None: ...
 

@@ -271,7 +271,11 @@ class _Experiment:
         if config.attack is not None and config.attack.name != "none":
             cls: Any = plugins.get("attack", config.attack.name)
             self.attack = cls(config.attack.parameters)
-        module = initial_module(config, data)
+        try:
+            module = initial_module(config, data)
+        except (RuntimeError, TypeError, MemoryError, OverflowError) as error:  # sizes beyond this machine's memory
+            said = " ".join(str(error).split())[:200] or "out of memory"
+            raise InputError(f"task.model: the network cannot be built ({said}); use a smaller one") from None
         self.layout = Layout.of(module)
         model = FlatModel(module, device=self.device)
         if config.training.warm_start is not None:
@@ -439,8 +443,7 @@ class _Experiment:
 
     def _manifest(self, status: str, reason: str = "") -> None:
         config = self.config
-        write_json(
-            self.directory / "manifest.json",
+        said: dict[str, Any] = manifest.portable(
             {
                 "name": config.name,
                 "status": status,
@@ -472,8 +475,9 @@ class _Experiment:
                     "triggered_test": None if self.evaluator.triggered is None else len(self.evaluator.triggered),
                 },
                 "model": {"entries": self.layout.size, "trainable": self.layout.trainable},
-            },
+            }
         )
+        write_json(self.directory / "manifest.json", said)
 
 
 def _fitting(value: Any, like: Tensor) -> Tensor:
@@ -551,4 +555,9 @@ def _warm_start(path: Path, layout: Layout) -> Tensor:
                 f"training.warm_start: {path.name} does not fit the model: {entry.name} should be {entry.shape}, "
                 f"the file has {there}"
             )
-    return layout.flatten(tensors)
+        if not tensors[entry.name].is_floating_point():
+            raise InputError(f"training.warm_start: {path.name} holds {tensors[entry.name].dtype} in {entry.name}")
+    vector = layout.flatten(tensors).float()
+    if not torch.isfinite(vector).all():
+        raise InputError(f"training.warm_start: {path.name} holds weights that are not finite")
+    return vector

@@ -111,12 +111,7 @@ def _parsed(text: str) -> Any:
     _Unreadable: it is not valid, or stands for more than a config can be. OSError: it is neither mapping nor list.
     """
     try:
-        depth = 0
-        for event in yaml.parse(text, Loader=_LOADER):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > _DEEPEST:
-                where = "" if event.start_mark is None else f" (line {event.start_mark.line + 1})"
-                raise _Unreadable(Problem("", f"mappings and lists lie in each other more than {_DEEPEST} deep{where}"))
+        refuse_deep(text)
         plain = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=False)
         for path, value in _flat(plain, ""):
             if isinstance(value, int) and value.bit_length() > _MOST_BITS:
@@ -130,6 +125,21 @@ def _parsed(text: str) -> Any:
         raise _Unreadable(Problem("", f"not valid YAML: a value is not what its tag says ({brief(error)})")) from None
     except RecursionError:
         raise _Unreadable(Problem("", "mappings and lists lie in each other too deep")) from None
+
+
+def refuse_deep(text: str) -> None:
+    """Look whether YAML text may be given to a parser: those in C end the process where it is nested without end.
+
+    Raises
+    ------
+    yaml.YAMLError: mappings and lists lie in each other more than 50 deep, or it is not valid.
+    """
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            where = "" if event.start_mark is None else f" (line {event.start_mark.line + 1})"
+            raise yaml.YAMLError(f"mappings and lists lie in each other more than {_DEEPEST} deep{where}")
 
 
 def _yaml_words(error: yaml.YAMLError) -> str:
@@ -148,12 +158,18 @@ def _omegaconf_problem(error: OmegaConfBaseException) -> Problem:
     )
 
 
+_GENERATIONS = 10
+"""Parents of parents: enough for anybody, and few enough where each names several."""
+
+
 def read_with_parents(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A config file laid over its parents, as plain containers that nothing is checked in."""
     given, path = path, path.resolve()
     if path in seen:
         chain = " → ".join(p.name for p in (*seen, path))
         raise ConfigError([Problem("defaults", f"the configs inherit from each other in a circle: {chain}")])
+    if len(seen) > _GENERATIONS:
+        raise ConfigError([Problem("defaults", f"more than {_GENERATIONS} generations of parents; name fewer")])
     own = _plugins_beside(read_file(given), given.parent)
     parents = own.pop("defaults", None)
     parents = [] if parents is None else [parents] if isinstance(parents, str) else parents

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,40 @@ _PACKAGES = (
     "scikit-learn",
     "scipy",
 )
+
+
+_QUOTED = re.compile(r"(['\"`])((?:~[\w.-]*)?/[^'\"`\n]*|[A-Za-z]:\\[^'\"`\n]*)\1")
+_UNIX = re.compile(r"(?<![\w./~…])(?:file://)?(?:~[\w.-]*)?/(?:[^/\s'\",:;()]+/)+[^/\s'\",:;()]*")
+_WINDOWS = re.compile(r"\b[A-Za-z]:\\[^\s'\"]*")
+
+
+def portable(value: Any) -> Any:
+    """Plain containers with every absolute path in their texts cut down to its last part.
+
+    ``/home/somebody/data`` becomes ``…/data``, also within a message: a manifest names no machine and no user. What is
+    needed to play the run again, paths as they were given, is in ``config.yaml``.
+    """
+    if isinstance(value, Mapping):
+        return {portable(key): portable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("/", "~")) or _WINDOWS.match(value):
+        return _last_part(value) if "\n" not in value else _cut(value)
+    return _cut(value)
+
+
+def _cut(text: str) -> str:
+    text = _QUOTED.sub(lambda found: f"{found[1]}{_last_part(found[2])}{found[1]}", text)
+    for pattern in (_WINDOWS, _UNIX):
+        text = pattern.sub(lambda found: _last_part(found[0]), text)
+    return text
+
+
+def _last_part(path: str) -> str:
+    parts = [part for part in re.split(r"[/\\]", path) if part]
+    return f"…/{parts[-1]}" if parts and (len(parts) > 1 or path.startswith("/")) else path
 
 
 def versions() -> dict[str, str]:
@@ -61,7 +97,7 @@ def _processor() -> str:
 
 
 def methods(config: Config) -> dict[str, Any]:
-    """The classes and parameters behind every name of the config."""
+    """The classes and parameters behind every name of the config; of paths only their last part."""
 
     def one(choice: Choice) -> dict[str, Any]:
         cls = plugins.get(choice.kind, choice.name)
@@ -85,7 +121,7 @@ def methods(config: Config) -> dict[str, Any]:
             "schedule": one(attack.schedule),
             "craft": [one(step) for step in attack.craft],
         }
-    return found
+    return {key: portable(value) for key, value in found.items()}
 
 
 def adversary(plan: list[RoundPlan]) -> dict[str, Any]:

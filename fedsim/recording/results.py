@@ -16,8 +16,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 
+from fedsim.config.reading import refuse_deep
 from fedsim.errors import InputError
 from fedsim.recording.files import write_atomic
+from fedsim.recording.manifest import portable
 from fedsim.recording.summary import HORIZONS, KAPPAS
 
 CELL = "cell.json"
@@ -424,7 +426,7 @@ def _differences(values: Sequence[Any], path: str = "") -> list[tuple[str, list[
             heads = [path] if count == 1 else [f"{head}{i}" for i in range(count)]  # a single entry needs no number
             parts = [_differences([value[i] for value in values], where) for i, where in enumerate(heads)]
             return [difference for part in parts for difference in part]
-    return [(path, [_cut(brief(value)) for value in values])]
+    return [(path, [_cut(*_without_paths(value)) for value in values])]
 
 
 def brief(value: Any) -> str:
@@ -441,11 +443,17 @@ def brief(value: Any) -> str:
     return str(value)
 
 
-def _cut(text: str) -> str:
-    """A text that is too long for a label loses its end, not its identity."""
-    if len(text) <= _LONGEST:
+def _without_paths(value: Any) -> tuple[str, str]:
+    """The text of a value, with and without the directories in it."""
+    return brief(value), brief(portable(value))
+
+
+def _cut(whole: str, text: str) -> str:
+    """A text that is too long for a label loses its end, and a path its beginning, but not its identity."""
+    if len(text) <= _LONGEST and text == whole:
         return text
-    return f"{text[: _LONGEST - 8]}… #{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+    short = text if len(text) <= _LONGEST - 6 else f"{text[: _LONGEST - 8]}…"
+    return f"{short} #{hashlib.sha256(whole.encode()).hexdigest()[:4]}"
 
 
 def _named(section: Any) -> str:
@@ -501,7 +509,9 @@ def _json(path: Path) -> dict[str, Any]:
 def _config(path: Path) -> dict[str, Any]:
     """A run's config as plain containers, with keys of text."""
     try:
-        loaded = yaml.load(_text(path), Loader=_SAFE)  # noqa: S506
+        text = _text(path)
+        refuse_deep(text)
+        loaded = yaml.load(text, Loader=_SAFE)  # noqa: S506
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,17 @@ from typing import Any
 import jinja2
 import numpy as np
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 
 from fedsim.errors import InputError
+from fedsim.recording.results import read_run
 from fedsim.recording.summary import SUBMITTED, score_table, summarise
 from fedsim.report import drawing, figures, words
 
 _HERE = Path(__file__).parent
+_ROUNDS = ("round", "main_accuracy", "main_loss", "asr", "malicious_submitted")
+_CLIENTS = ("round", "malicious", "accepted", "weight", "update_norm")
+_SECTIONS = ("lifespan", "area", "asr_at", "time_to_inject", "final", "detection")
 _MOST_SCORES = 12
 _MOST_POINTS = 2000
 _MOST_KEYS = 16
@@ -52,29 +54,28 @@ def read(directory: Path) -> Run:
     for needed in ("rounds.parquet", "clients.parquet", "config.yaml"):
         if not (directory / needed).is_file():
             raise InputError(f"{directory} is not the directory of a run: it has no {needed}")
-    rounds = _table(directory / "rounds.parquet").sort_values("round", ignore_index=True)
+    rounds = _table(directory / "rounds.parquet", _ROUNDS).sort_values("round", ignore_index=True)
     if rounds.empty:
         raise InputError(f"there is nothing to report in {directory}: no round has ended yet")
-    clients = _table(directory / "clients.parquet")
+    clients = _table(directory / "clients.parquet", _CLIENTS, ("status", "scores"))
     timings, twin = directory / "timings.parquet", directory / "twin" / "rounds.parquet"
-    twin_rounds = _table(twin) if twin.is_file() else None
-    finished = (directory / "summary.json").is_file()
-    text = (directory / "config.yaml").read_text(encoding="utf-8")
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{directory / 'config.yaml'} is not valid YAML: {error}") from None
+    twin_rounds = _table(twin, _ROUNDS) if twin.is_file() else None
+    said = read_run(directory)
+    if said.summary is not None:
+        wrong = [key for key in _SECTIONS if not isinstance(said.summary.get(key), dict)]
+        if wrong or not isinstance(said.summary.get("t0", ""), int | None):
+            raise InputError(f"{directory / 'summary.json'} is not the summary of a run: look at {(*wrong, 't0')[0]!r}")
     return Run(
         name=directory.resolve().name,
-        config_text=text,
-        config=config if isinstance(config, dict) else {},
-        manifest=_json(directory / "manifest.json") if (directory / "manifest.json").is_file() else {},
+        config_text=(directory / "config.yaml").read_text(encoding="utf-8"),
+        config=said.config,
+        manifest=said.manifest,
         rounds=rounds,
         clients=clients,
-        timings=_table(timings) if timings.is_file() else None,
+        timings=_table(timings, ("round",)) if timings.is_file() else None,
         twin=twin_rounds,
-        summary=_json(directory / "summary.json") if finished else summarise(rounds, clients, twin=twin_rounds),
-        finished=finished,
+        summary=summarise(rounds, clients, twin=twin_rounds) if said.summary is None else said.summary,
+        finished=said.summary is not None,
     )
 
 
@@ -126,19 +127,16 @@ def render(run: Run, drawn: Mapping[str, tuple[Figure, Figure]]) -> str:
     )
 
 
-def _table(path: Path) -> pd.DataFrame:
+def _table(path: Path, numbers: Sequence[str], others: Sequence[str] = ()) -> pd.DataFrame:
+    """A table of a run; ``numbers`` are the columns of numbers and truths that it has to have."""
     try:
-        return pd.read_parquet(path)
+        table = pd.read_parquet(path)
     except (OSError, ValueError) as error:  # what pyarrow raises derives from these
         raise InputError(f"{path} cannot be read: {error}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    return loaded
+    for name in (*numbers, *others):
+        if name not in table or (name in numbers and not pd.api.types.is_numeric_dtype(table[name])):
+            raise InputError(f"{path} is not what a run writes: it has no column {name!r}, or another under that name")
+    return table
 
 
 def _figures(run: Run) -> dict[str, tuple[Figure, Figure]]:

@@ -46,6 +46,8 @@ def write_events(directory: Path) -> Path:
             _write(writer, timings, {c: f"seconds/{c.removeprefix('seconds_')}" for c in phases})
     finally:
         writer.close()
+    for made in target.glob("events.out.tfevents.*"):
+        made.rename(target / "events.out.tfevents.rounds")  # the name that it was given tells the machine's
     return target
 
 

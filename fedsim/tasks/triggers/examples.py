@@ -125,8 +125,8 @@ class EdgeCase(ExampleTrigger):
         source = Path(self.parameters.path).name
         if self._target is None:
             targets = set(table["target_label"])
-            if len(targets) != 1:
-                raise InputError(f"{source}: target_label holds {sorted(targets)}; name one as target")
+            if len(targets) != 1 or min(targets) < 0:
+                raise InputError(f"{source}: target_label holds {sorted(targets)[:20]}; name one as target")
             self._target = int(targets.pop())
         images, labels = table["image"], torch.tensor(table["true_label"])
         if images.shape[1:] != shape:
@@ -143,9 +143,9 @@ class EdgeCase(ExampleTrigger):
     def _held(self, split: list[Any] | None, size: int, source: str) -> Tensor:
         """Which of the images are measured on, bool (N,)."""
         if split is not None:
-            unknown = set(split) - {"train", "test"}
+            unknown = {str(value) for value in split} - {"train", "test"}
             if unknown:
-                raise InputError(f"{source}: split holds {sorted(map(str, unknown))}; use train and test only")
+                raise InputError(f"{source}: split holds {sorted(unknown)[:20]}; use train and test only")
             return torch.tensor([value == "test" for value in split])
         generator = streams.generator(self.parameters.split_seed, "edge_case")
         held = torch.zeros(size, dtype=torch.bool)
@@ -250,17 +250,17 @@ class Semantic(ExampleTrigger):
         source = Path(p.path).name
         try:
             features = json.loads(Path(p.path).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{source} cannot be read as JSON: {error}") from None
         listed = features.get(p.feature) if isinstance(features, dict) else None
         if not isinstance(listed, list) or not listed or not all(type(i) is int and i >= 0 for i in listed):
             raise InputError(f"{source} must hold a list of training indices under {p.feature!r}")
-        indices = torch.tensor(sorted(set(listed)))
-        if int(indices[-1]) >= len(train):
+        if max(listed) >= len(train):
             raise InputError(
-                f"{source} names training image {int(indices[-1])}, the training set has {len(train)}; "
+                f"{source} names training image {max(listed)}, the training set has {len(train)}; "
                 f"use the whole data set, in its original order"
             )
+        indices = torch.tensor(sorted(set(listed)))
         if len(set(train.labels[indices.to(train.labels.device)].tolist())) != 1:
             raise InputError(
                 f"{source}: the images under {p.feature!r} are of several classes; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ class PixelPattern(CellTrigger):
 
 @dataclass(frozen=True)
 class PatchParameters(TriggerParameters):
-    size: int = parameter(3, "side of the square", ge=1)
+    size: int = parameter(3, "side of the square", ge=1, le=4096)
     value: float = parameter(1.0, "value of its pixels: 0 black, 1 white", ge=0, le=1)
     corner: str = parameter(
         "bottom_right",
@@ -267,12 +268,16 @@ def _read_image(path: str, channels: int, height: int, width: int) -> Tensor:
     """The image file as pixels (C, H, W) in [0, 1], resized."""
     from PIL import Image  # only a pattern from a file needs it
 
+    from fedsim.tasks.sources import FORMATS
+
     if channels not in (1, 3):
         raise InputError(f"an image can be blended into 1 or 3 channels, not {channels}; use image: null (noise)")
     try:
-        with Image.open(Path(path).expanduser()) as image:
-            resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
-            pixels = np.asarray(resized, dtype=np.float32).reshape(height, width, channels) / 255
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(Path(path).expanduser(), formats=FORMATS) as image:
+                resized = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+                pixels = np.asarray(resized, dtype=np.float32).reshape(height, width, channels) / 255
+    except Exception as error:  # what Pillow's readers raise of damaged bytes has no common base
         raise InputError(f"trigger 'blended': {path} cannot be read as an image ({error})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
