@@ -43,7 +43,7 @@ TEXT = "sentiment_quickstart"
 def attack(against: str, name: str = "data_poisoning", trigger: Any = None, **parameters: Any) -> Case:
     """An attack with its trigger; ``craft`` and ``schedule`` are those of the base unless given."""
     changes: dict[str, Any] = {}
-    for key in ("craft", "schedule", "poison_fraction", "lr"):
+    for key in ("craft", "schedule", "poison_fraction", "lr", "local_epochs"):
         if key in parameters:
             changes[f"attack.{key}"] = parameters.pop(key)
     if trigger is not None:
@@ -62,6 +62,15 @@ ATTACKS: dict[str, Case] = {
     "chameleon": attack("flame", "chameleon", craft=[], schedule=MANY),
     "threedfed": attack("deepsight", "threedfed", schedule=MANY, craft=[], threshold=0.02, indicator=0.1),
     "perdoor": attack("multi_krum", "perdoor", craft=[], schedule={**ATTACKED, "start": 20, "attackers": 1}),
+    "perdoor, δ = 0.1, 6 epochs": attack(
+        "multi_krum",
+        "perdoor",
+        craft=[],
+        schedule={**ATTACKED, "start": 20, "attackers": 1},
+        delta=0.1,
+        local_epochs=6,
+        poison_fraction=1.0,
+    ),
     "darkfed": attack("foolsgold", "darkfed"),
     "layerwise_poisoning": attack("lasa", "layerwise_poisoning"),
     "cerp": attack("multi_metrics", "cerp", {"name": "cerp", "target": 8}),

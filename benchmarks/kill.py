@@ -110,11 +110,13 @@ def start(config: Path, out: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the whole group: there is no time to clean up."""
-    if process.poll() is None:
+def kill(process: subprocess.Popen[bytes]) -> bool:
+    """SIGKILL to the whole group: there is no time to clean up. False if it had ended by itself."""
+    alive = process.poll() is None
+    if alive:
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
+    return alive
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:
@@ -168,25 +170,29 @@ def main() -> None:
             playing = time.perf_counter() - began - loading
             expected, places, same, twice = digests(whole), Counter[str](), 0, 0
             kills = given.kills // len(chosen) + (number < given.kills % len(chosen))
-            for attempt in range(kills):
-                out = Path(scratch) / f"killed{number}-{attempt}"
-                for again in (False, True):
-                    if again and draw.random() >= 0.25:
-                        break
+            attempt = 0
+            while attempt < kills:
+                out = Path(scratch) / f"killed{number}-{draw.getrandbits(64):x}"
+                process = start(config, out)
+                if draw.random() < 0.9:
+                    wait_for(out / "config.yaml", process)
+                    time.sleep(draw.uniform(0, playing))
+                else:
+                    time.sleep(draw.uniform(0, loading))
+                if not kill(process):  # it was faster than the first one: that was no kill
+                    playing *= 0.9
+                    continue
+                attempt += 1
+                if draw.random() < 0.25:
                     process = start(config, out)
-                    if draw.random() < 0.9:
-                        wait_for(out / "config.yaml", process)
-                        time.sleep(draw.uniform(0, 0.98 * playing))
-                    else:
-                        time.sleep(draw.uniform(0, loading))
-                    kill(process)
-                    twice += again
+                    time.sleep(draw.uniform(0, loading + playing / 2))
+                    twice += kill(process)
                 places[reached(out)] += 1
                 finish(start(config, out))
                 equal = digests(out) == expected
                 same += equal
                 wrong += not equal
-                print(f"{name}: {attempt + 1}/{kills}, {'same' if equal else 'DIFFERENT'} bytes", flush=True)
+                print(f"{name}: {attempt}/{kills}, {'same' if equal else 'DIFFERENT'} bytes", flush=True)
             where = ", ".join(f"{count} {place}" for place, count in sorted(places.items()))
             lines.append(f"| {name} | {kills} | {twice} | {same} of {kills} | {where} |")
     table = "\n".join(lines) + "\n"
