@@ -104,7 +104,8 @@ DEFENSES: dict[str, Any] = {
     "rlr": {"name": "rlr", "theta": 4},
     "local_dp": {"name": "local_dp", "bound": 3.0, "sigma": 0.01},
     "deepsight": {"name": "deepsight", "inputs": 1000, "min_cluster_size": 2, "min_samples": 1},
-    "backdoor_indicator": "backdoor_indicator",
+    "flip": {"name": "flip", "steps": 10, "triggers": 1, "examples": 32},
+    "backdoor_indicator": {"name": "backdoor_indicator", "epochs": 20},
 }
 """Parameters of the defenses whose defaults are not for ten clients a round, or cost much."""
 ALSO: dict[str, dict[str, Any]] = {
@@ -143,8 +144,8 @@ def defenses_grid(seeds: list[int]) -> dict[str, Any]:
 
     entries = {
         f"{name} / {attack}": {"set": {**ATTACKS[attack][0], **defended(name)}}
-        for name in plugins.names("defense")
         for attack in ("data_poisoning", "anticipate")
+        for name in plugins.names("defense")
     }
     return {"base": "quickstart", "set": BASE, "seeds": seeds, "twin": False, "grid": {"method": entries}}
 
