@@ -203,7 +203,7 @@ class _Experiment:
     def play(self, with_twin: bool, resume: bool) -> Run:
         if resume and (self.directory / "config.yaml").exists():
             self._check_same_config()
-            if is_finished(self.directory) and (not with_twin or is_played(self.directory / TWIN)):
+            if is_finished(self.directory, self.config) and (not with_twin or is_played(self.directory / TWIN)):
                 self.progress.say("this run is complete")
                 return Run.open(self.directory)
         self._prepare()
@@ -432,13 +432,13 @@ class _Experiment:
             twin=pd.read_parquet(twin) if twin.exists() else None,
         )
         write_json(root / "summary.json", summary)
-        if self.config.output.report:
-            write_report(root)
+        self._manifest("finished")
         if self.config.output.tensorboard:
             from fedsim.report.tensorboard import write_events
 
             write_events(root)
-        self._manifest("finished")  # the last file: what was killed before is ended when it is resumed
+        if self.config.output.report:
+            write_report(root)  # the last file: what was killed before is ended when it is resumed
         return Run.open(root)
 
     def _manifest(self, status: str, reason: str = "") -> None:
@@ -508,11 +508,12 @@ def differing(one: Config, other: Config) -> list[str]:
     ]
 
 
-def is_finished(directory: Path) -> bool:
-    """Whether the run in the directory has written its last file."""
+def is_finished(directory: Path, config: Config) -> bool:
+    """Whether the run in the directory has written its last file: the report, where it writes one."""
     try:
         manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        return (directory / "summary.json").is_file() and manifest.get("status") == "finished"
+        reported = not config.output.report or (directory / "report.html").is_file()
+        return reported and (directory / "summary.json").is_file() and manifest.get("status") == "finished"
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -103,7 +103,7 @@ class Job:
         if keys:
             raise InputError(f"{here} holds a run of another config; these keys differ: {', '.join(keys)}")
         marked = self.cell is None or (here / CELL).is_file()
-        return marked and is_finished(here) and (not self._has_twin() or is_played(here / TWIN))
+        return marked and is_finished(here, self.config) and (not self._has_twin() or is_played(here / TWIN))
 
     def _has_twin(self) -> bool:
         return self.own_twin or self.twin is not None

@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from fedsim.errors import InputError
+from fedsim.recording.files import write_text
 from fedsim.recording.results import read_run
 from fedsim.recording.summary import SUBMITTED, score_table, summarise
 from fedsim.report import drawing, figures, words
@@ -86,7 +87,7 @@ def write(directory: Path) -> Path:
     for stem, (wide, _) in drawn.items():
         drawing.save(wide, directory / "figures", stem)
     page = directory / "report.html"
-    page.write_text(render(run, drawn), encoding="utf-8")
+    write_text(page, render(run, drawn))
     return page
 
 
