@@ -674,7 +674,10 @@ def test_an_interrupted_run_continues_to_the_same_bytes(cli, tiny_file, tmp_path
     options = ["federation.rounds=120", "output.checkpoint_every=7", "attack.schedule.stop=90"]
     directory = tmp_path / "run"
     running = subprocess.Popen(
-        [sys.executable, "-m", "fedsim", "run", str(tiny_file), "--out", str(directory), *options],
+        [
+            *("env", "--default-signal=INT"),  # a shell that runs the suite in the background has it ignored
+            *(sys.executable, "-m", "fedsim", "run", str(tiny_file), "--out", str(directory), *options),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -73,7 +73,10 @@ class Started:
         config.write_text(json.dumps(CONFIG))
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fedsim", "run", str(config), "--out", str(self.directory)],
+            [
+                *("env", "--default-signal=INT"),  # a shell that runs the suite in the background has it ignored
+                *(sys.executable, "-m", "fedsim", "run", str(config), "--out", str(self.directory)),
+            ],
             env={**os.environ, "FEDSIM_TEST_MARK": self.mark},
             start_new_session=True,
             stdout=subprocess.PIPE,

@@ -375,7 +375,10 @@ class Started:
     def __init__(self, file: Path, out: Path) -> None:
         self.mark = uuid.uuid4().hex
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fedsim", "bench", str(file), "--out", str(out)],
+            [
+                *("env", "--default-signal=INT"),  # a shell that runs the suite in the background has it ignored
+                *(sys.executable, "-m", "fedsim", "bench", str(file), "--out", str(out)),
+            ],
             env={**os.environ, "FEDSIM_TEST_MARK": self.mark},
             start_new_session=True,
             stdout=subprocess.PIPE,
