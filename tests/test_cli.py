@@ -705,7 +705,8 @@ def test_an_interrupted_run_continues_to_the_same_bytes(cli, tiny_file, tmp_path
     assert "--resume" in again.text
     resumed = cli("run", tiny_file, *options, "--out", directory, "--resume")
     assert resumed.status == 0
-    assert f"continuing after round {len(played) // 7 * 7}" in resumed.out
+    # Ctrl-C may come between a round's row and its checkpoint: then it is the one before.
+    assert any(f"continuing after round {last // 7 * 7}\n" in resumed.out for last in (len(played), len(played) - 1))
     assert cli("run", tiny_file, *options, "--out", tmp_path / "whole").status == 0
     assert contents(directory) == contents(tmp_path / "whole")
     numbers = [json.loads((d / "summary.json").read_text()) for d in (directory, tmp_path / "whole")]
