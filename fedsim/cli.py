@@ -175,20 +175,26 @@ def bench(
 
 @app.command()
 def validate(
-    configs: Annotated[list[str], typer.Argument(metavar="CONFIG...", help="Files, or names of shipped configs.")],
+    configs: Annotated[
+        list[str], typer.Argument(metavar="CONFIG...", help="Files, or names of shipped configs and benchmarks.")
+    ],
 ) -> None:
-    """Check configs without loading data; all problems of each are printed together.
+    """Check configs and benchmarks without loading data; all problems of each are printed together.
 
-    A file that a config names and this machine lacks is mentioned, but does not make the config wrong.
+    Of a benchmark every cell is checked. A file that a config names and this machine lacks is mentioned, but does not make the config wrong.
     """
+    from fedsim.benchmark.grid import is_definition, load_grid
     from fedsim.config import load_config
     from fedsim.federation.schedule import plan, plan_problems
 
     failed = False
     for name in configs:
         try:
-            loaded = load_config(name)
-            problems = plan_problems(loaded, plan(loaded))
+            if is_definition(name):
+                problems = load_grid(name).problems
+            else:
+                loaded = load_config(name)
+                problems = plan_problems(loaded, plan(loaded))
             if problems:
                 raise ConfigError(problems, name)
         except ConfigError as error:

@@ -27,7 +27,7 @@ from rich.console import Console
 from fedsim import cli as cli_module
 from fedsim import plugins
 from fedsim.batch import Examples
-from fedsim.config import Config, load_config, render_base
+from fedsim.config import Config, config_directory, load_config, render_base
 from fedsim.data import Data
 from fedsim.errors import RunError
 from fedsim.experiment import Run, Silent, run
@@ -236,6 +236,24 @@ def test_validate_looks_at_the_plan_too(cli, tmp_path, tiny):
     done = cli("validate", tmp_path / "c.yaml")
     assert done.status == 2
     assert "defense.0.name: 'krum' needs at least 3 clients" in done.text
+
+
+def test_validate_takes_benchmarks_too(cli, tmp_path, tiny_file):
+    files = sorted(config_directory().glob("bench/*.yaml"))
+    assert len(files) == 4
+    done = cli("validate", *files, "quick", "quickstart")
+    assert done.status == 0, done.err
+    assert done.out.count(": ok") == 6
+    grid = {"base": str(tiny_file), "grid": {"defense": ["krum", "kurm"], "training.lr": [-1.0]}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid))
+    done = cli("validate", tmp_path / "grid.yaml")
+    assert done.status == 2
+    assert "no defense is called 'kurm'; did you mean 'krum'?" in done.text
+    assert "training.lr" in done.text
+    done = cli("run", tmp_path / "grid.yaml", "--out", tmp_path / "run")
+    assert done.status == 2
+    assert "play it with fedsim bench" in done.text
+    assert not (tmp_path / "run").exists()
 
 
 def test_validate_tells_a_missing_file_from_a_wrong_config(cli, tmp_path):

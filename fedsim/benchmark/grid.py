@@ -18,7 +18,16 @@ import yaml
 
 from fedsim.config import Config, build
 from fedsim.config.checking import brief
-from fedsim.config.reading import find, lay_over, parse_overrides, read_file, read_with_parents, resolve
+from fedsim.config.reading import (
+    find,
+    is_benchmark,
+    lay_over,
+    parse_overrides,
+    read_file,
+    read_with_parents,
+    resolve,
+    shipped,
+)
 from fedsim.config.schema import ConfigDumper
 from fedsim.errors import ConfigError, Problem
 from fedsim.experiment import config_hash
@@ -125,6 +134,18 @@ class Grid:
         """Raises ConfigError if anything is wrong."""
         if self.problems:
             raise ConfigError(self.problems, self.source)
+
+
+def is_definition(path_or_name: str | Path) -> bool:
+    """Whether a file, or what is shipped under the name, defines a benchmark; false where there is nothing to read."""
+    try:
+        path = find(path_or_name)
+    except ConfigError:
+        return str(path_or_name) in shipped(benches=True)
+    try:
+        return is_benchmark(read_file(path))
+    except ConfigError:
+        return False
 
 
 def load_grid(path_or_name: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Grid:

@@ -41,6 +41,11 @@ BENCHES = "bench"
 """Where the shipped benchmarks lie among the configs; they are no configs of one experiment."""
 
 
+def is_benchmark(raw: Mapping[str, Any]) -> bool:
+    """Whether a file's content defines a benchmark rather than one experiment."""
+    return "grid" in raw
+
+
 def shipped(*, benches: bool = False) -> list[str]:
     """Names of the shipped configs, or of the shipped benchmarks."""
     root = config_directory()
@@ -273,6 +278,9 @@ def load_config(
     else:
         path = find(path_or_name)
         source, raw, stem = str(path_or_name), read_with_parents(path), path.stem
+    if is_benchmark(raw):
+        message = "this defines a benchmark, not one experiment; play it with fedsim bench"
+        raise ConfigError([Problem("grid", message)], source)
     raw = lay_over(raw, parse_overrides(overrides))
     raw.setdefault("name", stem)
     return build(resolve(raw, source), source)
