@@ -181,7 +181,8 @@ def validate(
 ) -> None:
     """Check configs and benchmarks without loading data; all problems of each are printed together.
 
-    Of a benchmark every cell is checked. A file that a config names and this machine lacks is mentioned, but does not make the config wrong.
+    Of a benchmark every cell is checked. A file that a config names and this machine lacks is mentioned, but does
+    not make the config wrong.
     """
     from fedsim.benchmark.grid import is_definition, load_grid
     from fedsim.config import load_config
