@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsim.attack import Attack, AttackContext, CoordinationKnowledge, Knowledge
 from fedsim.batch import Batch
 from fedsim.distances import columns, squared_distances
+from fedsim.errors import Problem
 from fedsim.plugins import Parameters, parameter
 
 
@@ -20,7 +21,8 @@ class Colluding(Attack):
 
     It is made of the updates of the round's benign clients, all with the same weight. Where the attack does not
     see them (parameter ``sees``), or where the round has none, it is made of the colluders' own honest updates.
-    Craft steps act before that, on the colluders' own updates.
+    Craft steps act before that, on the colluders' own updates: where those are replaced by what others sent, a config
+    with craft steps is refused.
     """
 
     knows = frozenset({Knowledge.OWN_DATA, Knowledge.BENIGN_UPDATES})
@@ -30,6 +32,12 @@ class Colluding(Attack):
     def knowledge(cls, parameters: Any) -> frozenset[Knowledge]:
         blind = getattr(parameters, "sees", "benign") == "colluders"
         return cls.knows - {Knowledge.BENIGN_UPDATES} if blind else cls.knows
+
+    @classmethod
+    def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
+        if Knowledge.BENIGN_UPDATES not in cls.knowledge(parameters) or not experiment.attack.craft:
+            return []
+        return [Problem("craft", f"of no effect: {cls.name} replaces what these steps make; write attack.craft: []")]
 
     def poison(self, batch: Batch, context: AttackContext) -> Batch:
         return batch

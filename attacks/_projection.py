@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedsim.local import StepHook, StepInfo
+
 
 def project_l2(weights: Tensor, centre: Tensor, radius: float) -> None:
     """Bring ``weights`` (T,) in place into the L2 ball of ``radius`` around ``centre`` (T,).
@@ -16,3 +18,14 @@ def project_l2(weights: Tensor, centre: Tensor, radius: float) -> None:
     norm = torch.linalg.vector_norm(difference)
     inside = centre + difference * (radius / norm.clamp_min(radius))
     weights.copy_(torch.where(norm > radius, inside, weights))
+
+
+def held_near(centre: Tensor, radius: float | None) -> StepHook | None:
+    """The hook that projects after every step; None for a radius of None."""
+    if radius is None:
+        return None
+
+    def project(weights: Tensor, where: StepInfo) -> None:
+        project_l2(weights, centre, radius)
+
+    return project

@@ -1,77 +1,15 @@
-"""The parts of 3DFed: training with three terms, noise masks, indicators, adaptive tuning, decoys."""
+"""The parts of 3DFed: noise masks, indicators, adaptive tuning, decoys."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsim.attack import AttackContext
-from fedsim.batch import Batch
 from fedsim.layout import Entry, Layout
-from fedsim.local import GradientHook, LocalSettings
 
 ACCEPTED, CLIPPED, REJECTED = "acr"
-
-
-# ----------------------------------------------------------------------------------------------- training
-
-
-def fit_terms(
-    context: AttackContext,
-    batches: Callable[[], Iterator[Batch]],
-    loss: nn.Module,
-    poison: Callable[[Batch], Batch],
-    shares: tuple[float, float],
-    pull: GradientHook,
-    *,
-    settings: LocalSettings | None = None,
-    frozen_statistics: bool = False,
-) -> None:
-    """Train ``context.model`` in place on ``a L(batch) + b L(poisoned batch) + a third term``.
-
-    batches: of the first term, with its ``loss``; the second has the run's. shares: (a, b).
-    pull: adds the gradient of the third term to the gradient (T,) it is given.
-    frozen_statistics: train in evaluation mode (no dropout, running statistics used and left as they are).
-    """
-    module, settings = context.model.module, settings or context.settings
-    present: list[Batch] = []
-
-    def remember(batch: Batch) -> Batch:
-        present[:] = [poison(batch)]
-        if frozen_statistics:
-            module.eval()
-        return batch
-
-    def add_terms(gradient: Tensor, weights: Tensor) -> None:
-        first = gradient.clone()
-        gradient.zero_()
-        if present[0].labels.shape[0] > 0:
-            torch.autograd.backward(batch_loss(context, present[0]))  # adds to the same gradient
-        gradient.mul_(shares[1]).add_(first, alpha=shares[0])
-        pull(gradient, weights)
-
-    context.fit(context.model, batches, loss, settings, transform=remember, on_gradient=add_terms)
-    module.train()
-
-
-def batch_loss(context: AttackContext, batch: Batch) -> Tensor:
-    """The run's loss on a batch, each row from its beginning, under the attacker's precision and memory format."""
-    settings, inputs = context.settings, batch.inputs
-    if settings.channels_last and inputs.ndim == 4:
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(context.model.device.type, dtype=torch.bfloat16) if settings.amp else contextlib.nullcontext():
-        value: Tensor = context.loss(context.model.module(inputs), batch.labels)
-    return value
-
-
-def distance_slope(weights: Tensor, centre: Tensor) -> Tensor:
-    """(T,) the gradient of ``‖w − c‖₂``; zero at w = c."""
-    difference = weights - centre
-    length: Tensor = torch.linalg.vector_norm(difference)
-    return difference / length.clamp_min(1e-30)
 
 
 # ------------------------------------------------------------------------------------------------- layers

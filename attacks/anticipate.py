@@ -131,7 +131,7 @@ class _Future:
         self.module, self.device = context.model.module, context.model.device
         self.entries = [entry for entry in context.model.layout.entries if entry.trainable]
         self.sizes = [entry.size for entry in self.entries]
-        self.start = context.global_vector[: context.model.layout.trainable]
+        self.start = context.global_weights
         self.steps = parameters.benign_epochs or context.benign.epochs
         self.clients = parameters.clients or context.clients_per_round
         # running statistics for the simulation to spoil: in training mode they influence no output

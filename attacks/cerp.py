@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from attacks._learnt import SquareParameters, SquareTrigger, loss_to
+from attacks._local import honest_model
 from attacks._projection import project_l2
+from attacks._terms import cosine_slope, distance_slope
 from fedsim.attack import Attack, AttackContext
 from fedsim.local import State
 from fedsim.plugins import Parameters, parameter, register
@@ -95,62 +97,22 @@ class CerP(Attack):
     cost = "an honest training more; state of one update (D) for each colluder of a round"
 
     def train(self, context: AttackContext) -> None:
-        p, model = self.parameters, context.model
-        start = context.global_vector[: model.layout.trainable]
-        anchor = self.anchor(context) if p.alpha > 0 else start
+        p, start = self.parameters, context.global_weights
+        anchor = honest_model(context)[: len(start)] if p.alpha > 0 and p.anchor == "benign" else start
         sent = context.state.get("updates", {})
         others = [sent[number].to(start) for number in sorted(sent) if number != str(context.attacker)]
 
         def regularise(gradient: Tensor, weights: Tensor) -> None:
-            gradient.add_(distance_gradient(weights - anchor), alpha=p.alpha)
+            gradient.add_(distance_slope(weights - anchor), alpha=p.alpha)
             if p.beta > 0 and others:
-                gradient.add_(cosine_gradient(weights - start, others), alpha=p.beta)
+                gradient.add_(cosine_slope(weights - start, others), alpha=p.beta)
 
-        context.fit(
-            model,
-            context.batches,
-            context.loss,
-            context.settings,
-            transform=lambda batch: self.poison(batch, context),
-            on_gradient=regularise,
-        )
+        self.fit_poisoned(context, on_gradient=regularise)
         if p.beta > 0:
-            own = (model.weights - start).detach().clone()
-            context.state["updates"] = {str(context.attacker): own}
-
-    def anchor(self, context: AttackContext) -> Tensor:
-        """(T,) ŵ; leaves the model as it found it."""
-        model = context.model
-        if self.parameters.anchor == "benign":
-            context.fit(model, context.batches, context.loss, context.benign)
-        honest = model.weights.clone()
-        model.load(context.global_vector)
-        return honest
+            context.state["updates"] = {str(context.attacker): context.model.weights - start}
 
     def merge(self, states: Sequence[State]) -> State:
         merged = dict(states[-1])
         if "updates" in merged:
             merged["updates"] = {number: sent for state in states for number, sent in state["updates"].items()}
         return merged
-
-
-def distance_gradient(difference: Tensor) -> Tensor:
-    """(T,) gradient of ‖d‖₂ at d (T,): d / ‖d‖, zero at zero."""
-    unit: Tensor = difference / torch.linalg.vector_norm(difference).clamp_min(1e-30)
-    return unit
-
-
-def cosine_gradient(update: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """(T,) gradient of the mean cosine of the update (T,) with the others (T,), at least one; zero at zero.
-
-    ``∂ cos(u, v) / ∂u = (v̂ − cos(u, v) û) / ‖u‖`` with û, v̂ the unit vectors.
-    """
-    length = torch.linalg.vector_norm(update)
-    if float(length) == 0:
-        return torch.zeros_like(update)
-    unit, total = update / length, torch.zeros_like(update)
-    for other in others:
-        direction = distance_gradient(other)
-        total += direction - torch.dot(unit, direction) * unit
-    mean: Tensor = total / (len(others) * length)
-    return mean

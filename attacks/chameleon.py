@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attacks._local import trigger_of
 from attacks._projection import project_l2
 from fedsim.attack import Attack, AttackContext
 from fedsim.errors import RunError
@@ -125,9 +126,8 @@ class Chameleon(Attack):
     Parameters = ChameleonParameters
 
     def train(self, context: AttackContext) -> None:
-        if context.trigger is None:
-            raise RunError("chameleon draws triggered examples to those of the trigger's target: give it a trigger")
-        model, start = context.model, context.global_vector[: context.model.layout.trainable]
+        trigger = trigger_of(context, "chameleon draws triggered examples to those of the trigger's target")
+        model, start = context.model, context.global_weights
         head = _Head(context)
         own = head.own(model.weights)
 
@@ -143,7 +143,7 @@ class Chameleon(Attack):
             context.fit(
                 model,
                 context.batches,
-                _Contrast(p, head, context.trigger.target, fraction),
+                _Contrast(p, head, trigger.target, fraction),
                 context.with_settings(lr=lr, epochs=p.contrastive_epochs, steps=None),
                 transform=lambda batch: self.poison(batch, first),
                 on_step=hold_head,
@@ -156,14 +156,7 @@ class Chameleon(Attack):
             self._project(weights, start)
 
         with head.watched(detach=True):
-            context.fit(
-                model,
-                context.batches,
-                context.loss,
-                settings,
-                transform=lambda batch: self.poison(batch, context),
-                on_step=hold_encoder,
-            )
+            self.fit_poisoned(context, on_step=hold_encoder)
 
     def _project(self, weights: Tensor, centre: Tensor) -> None:
         if self.parameters.bound is not None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attacks._projection import project_l2
+from attacks._projection import held_near, project_l2
 from attacks.model_replacement import ModelReplacement, ModelReplacementParameters
 from fedsim.attack import AttackContext
-from fedsim.local import GradientHook, StepHook, StepInfo
+from fedsim.local import GradientHook, StepHook
 from fedsim.plugins import parameter, register
 
 
@@ -49,8 +49,7 @@ class ConstrainAndScale(ModelReplacement):
     Parameters = ConstrainAndScaleParameters
 
     def on_gradient(self, context: AttackContext) -> GradientHook | None:
-        p = self.parameters
-        centre = self._centre(context)
+        p, centre = self.parameters, context.global_weights
 
         def constrain(gradient: Tensor, weights: Tensor) -> None:
             difference = weights - centre
@@ -63,14 +62,7 @@ class ConstrainAndScale(ModelReplacement):
         return constrain
 
     def on_step(self, context: AttackContext) -> StepHook | None:
-        if self.parameters.bound is None:
-            return None
-        centre, bound = self._centre(context), self.parameters.bound
-
-        def project(weights: Tensor, where: StepInfo) -> None:
-            project_l2(weights, centre, bound)
-
-        return project
+        return held_near(context.global_weights, self.parameters.bound)
 
     def craft(self, update: Tensor, context: AttackContext) -> Tensor:
         update = super().craft(update, context)
@@ -78,7 +70,3 @@ class ConstrainAndScale(ModelReplacement):
             weights = update[: context.model.layout.trainable]
             project_l2(weights, torch.zeros_like(weights), self.parameters.bound)
         return update
-
-    @staticmethod
-    def _centre(context: AttackContext) -> Tensor:
-        return context.global_vector[: context.model.layout.trainable]

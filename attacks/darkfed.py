@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attacks._threedfed import fit_terms
+from attacks._local import trigger_of
+from attacks._terms import cosine_slope, fit_terms
 from fedsim import plugins
 from fedsim.attack import Attack, AttackContext
 from fedsim.batch import Batch
@@ -58,19 +59,20 @@ class DarkFed(Attack):
     of one input: ``Knowledge`` says own data because that is what a client has.
 
     Random inputs are labelled with few classes, or one, where all look alike (``uniform`` and ``normal``, the latter
-    the authors' data-free variant; on digits nearly all are an 8, and with that target there is nothing to learn). The
-    default draws normal noise on a grid 1, 2, 4 or 8 times coarser than the image, interpolates, and gives each image
-    a mean in [−1, 1] and a deviation in [0, 1.5] of its own before cutting to [0, 1]: dark, bright and patterned ones,
-    of all classes. ``images`` takes another data set's (channels averaged, resized); the authors take GTSRB's.
+    the authors' data-free variant; on digits up to nine in ten are an 8, and with that target there is little to
+    learn). The default draws normal noise on a grid 1, 2, 4 or 8 times coarser than the image, interpolates, and gives
+    each image a mean in [−1, 1] and a deviation in [0, 1.5] of its own before cutting to [0, 1]: dark, bright and
+    patterned ones, of all classes. ``images`` takes another data set's (channels averaged, resized); the authors take
+    GTSRB's.
 
     From the authors' code (hustweiwan/DarkFed): the shares; labels that are the model's outputs, not classes; training
     in evaluation mode, so that running statistics of shadow inputs do not replace the task's: they are sent as
     received. Its cosine term has a factor of 1000, but its gradient is cut off, so it does nothing; here it has one,
-    and with 1000 there is no backdoor: the factor is 1. Squared error of outputs, the code's, diverges at the learning
-    rates of honest clients (theirs is 0.005): cross-entropy is ours. Not here: in the loop they run, shares are 1, 1
-    and .5, with the distance ‖w − G‖ and squared cosines between the last layers of colluders and a forecast of the
-    next model instead of the term above; the backdoor's target are outputs of 10 and −1; and the 40 % least similar
-    shadow images are taken.
+    and with 1000 there is no backdoor: the factor is 1. Squared error of outputs, the code's, diverges in some networks
+    at the learning rates of honest clients (theirs is 0.005): cross-entropy is ours. Not here: in the loop they run,
+    shares are 1, 1 and .5, with the distance ‖w − G‖ and squared cosines between the last layers of colluders and a
+    forecast of the next model instead of the term above; the backdoor's target are outputs of 10 and −1; and the 40 %
+    least similar shadow images are taken.
 
     Raises
     ------
@@ -87,45 +89,46 @@ class DarkFed(Attack):
     @classmethod
     def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
         try:
-            _dataset(parameters.images)
+            if parameters.images:
+                _dataset(parameters.images)
         except PluginError as error:
             return [Problem("images", str(error))]
         return []
 
+    def __init__(self, parameters: Any = None) -> None:
+        super().__init__(parameters)
+        self._images: Tensor | None = None
+
     def train(self, context: AttackContext) -> None:
-        if context.trigger is None:
-            raise RunError("darkfed stamps its shadow inputs with the trigger: give it a trigger")
-        p, model = self.parameters, context.model
+        trigger = trigger_of(context, "darkfed stamps its shadow inputs with the trigger")
+        p, centre = self.parameters, context.global_weights
         inputs = self._shadow(context)
         outputs = self._outputs(inputs, context)
         soft = p.labels == "soft"
-        centre = context.global_vector[: model.layout.trainable]
 
         def shuffled() -> Iterator[Batch]:
             mixed = torch.randperm(len(inputs), generator=context.generator).to(inputs.device)
             for rows in torch.split(mixed, context.settings.batch_size):
                 yield Batch(inputs[rows], outputs[rows].softmax(dim=1) if soft else outputs[rows])
 
+        def triggered(batch: Batch) -> Batch:
+            """The first of a batch of shadow inputs, with the trigger and the target label."""
+            count = poison_count(context.poison_fraction, len(batch.inputs))
+            first = Batch(batch.inputs[:count], batch.labels[:count].argmax(dim=1))
+            return trigger.poison(first, count, part=context.part, generator=context.generator)
+
         def pull(gradient: Tensor, weights: Tensor) -> None:
-            gradient.sub_(cosine_slope(weights, centre), alpha=p.cosine)
+            gradient.sub_(cosine_slope(weights, [centre]), alpha=p.cosine)
 
         fit_terms(
             context,
             shuffled,
             nn.CrossEntropyLoss() if soft else nn.MSELoss(),
-            lambda batch: self._triggered(batch, context),
+            triggered,
             (p.clean, p.backdoor),
             pull,
             frozen_statistics=True,
         )
-
-    @staticmethod
-    def _triggered(batch: Batch, context: AttackContext) -> Batch:
-        """The triggered part of a batch of shadow inputs, labelled with the target."""
-        assert context.trigger is not None
-        count = poison_count(context.poison_fraction, len(batch.inputs))
-        part = Batch(batch.inputs[:count], batch.labels[:count].argmax(dim=1))
-        return context.trigger.poison(part, count, part=context.part, generator=context.generator)
 
     def _shadow(self, context: AttackContext) -> Tensor:
         """Shadow inputs (examples, C, H, W) in the type and on the device of the model."""
@@ -134,9 +137,10 @@ class DarkFed(Attack):
         if like.ndim != 4 or not like.is_floating_point():
             raise RunError("darkfed makes shadow images; the inputs of this task are none")
         shape, generator = (p.examples, *like.shape[1:]), context.generator
-        dataset = _dataset(p.images)
-        if dataset is not None:
-            drawn = _other(dataset, shape, generator)
+        if p.images:
+            if self._images is None:
+                self._images = _load(p.images)
+            drawn = _other(self._images, shape, generator)
         elif p.shadow == "smooth":
             drawn = _smooth(shape, generator)
         elif p.shadow == "uniform":
@@ -157,28 +161,31 @@ class DarkFed(Attack):
 
 
 def _dataset(spec: Mapping[str, Any]) -> Any:
-    """The data set that ``images`` names, or None.
+    """The data set that ``images`` names.
 
     Raises
     ------
     PluginError: there is none of that name or with these parameters.
     """
-    if not spec:
-        return None
     rest = dict(spec)
     if not isinstance(rest.get("name"), str):
         raise PluginError(f"images: name a data set, such as {{name: digits}}, not {dict(spec)}")
     return plugins.create("dataset", rest.pop("name"), **rest)
 
 
-def _other(dataset: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Training images of a data set, drawn without replacement, in that shape (N, C, H, W), pixels in [0, 1]."""
-    raw = dataset.load()
+def _load(spec: Mapping[str, Any]) -> Tensor:
+    """Its training images, uint8 (M, C, H, W)."""
+    raw = _dataset(spec).load()
     if not isinstance(raw, Data):
-        raise RunError(f"darkfed: the data set {dataset.name!r} is text; name one of images")
-    if len(raw.train) < shape[0]:
-        raise RunError(f"darkfed: {dataset.name!r} has {len(raw.train)} images; use fewer examples than {shape[0]}")
-    images = raw.train.inputs[torch.randperm(len(raw.train), generator=generator)[: shape[0]]].float() / 255
+        raise RunError(f"darkfed: the data set {spec['name']!r} is text; name one of images")
+    return raw.train.inputs
+
+
+def _other(images: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Some of the images, drawn without replacement, in that shape (N, C, H, W), pixels in [0, 1]."""
+    if len(images) < shape[0]:
+        raise RunError(f"darkfed: that data set has {len(images)} images; use fewer examples than {shape[0]}")
+    images = images[torch.randperm(len(images), generator=generator)[: shape[0]]].float() / 255
     if images.shape[1] != shape[1]:
         images = images.mean(1, keepdim=True).expand(-1, shape[1], -1, -1)
     if tuple(images.shape[2:]) != tuple(shape[2:]):
@@ -199,11 +206,3 @@ def _smooth(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     mean = torch.rand((count, 1, 1, 1), generator=generator) * 2 - 1
     deviation = torch.rand((count, 1, 1, 1), generator=generator) * 1.5
     return (mean + deviation * mixed).clamp(0, 1)
-
-
-def cosine_slope(weights: Tensor, centre: Tensor) -> Tensor:
-    """(T,) the gradient of ``cos(w, c)`` in w: ``(ĉ − cos · ŵ) / ‖w‖``; zero where w or c is."""
-    length: Tensor = torch.linalg.vector_norm(weights)
-    other: Tensor = torch.linalg.vector_norm(centre)
-    unit, base = weights / length.clamp_min(1e-30), centre / other.clamp_min(1e-30)
-    return (base - (unit @ base) * unit) / length.clamp_min(1e-30)

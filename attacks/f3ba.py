@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.functional import interpolate
 
 from attacks._learnt import SquareParameters, SquareTrigger
+from attacks._local import trigger_of
 from fedsim import plugins, streams
 from fedsim.attack import Attack, AttackContext
 from fedsim.errors import Problem, RunError
@@ -41,7 +42,7 @@ class F3BATrigger(SquareTrigger):
     δ lives as the convolution sees it, normalised, and is clipped to what black and white become there. (The code
     rounds these bounds to two decimals.)
 
-    Made for the attack of that name, with the same ``conv_rate``; with any other it is flipless.
+    Made for the attack of that name, with the same ``conv_rate`` and a ``factor`` of 1; with any other it is flipless.
 
     Cost: ``passes`` over the client's data.
     """
@@ -131,13 +132,12 @@ class F3BA(Attack):
         return []
 
     def train(self, context: AttackContext) -> None:
-        if context.trigger is None:
-            raise RunError("f3ba flips weights towards a trigger; give it one, say f3ba")
+        trigger = trigger_of(context, "f3ba flips weights towards a trigger, such as the one called f3ba")
         previous = context.state.get("previous")
         if previous is not None:
             flips = int(context.state.get("flips", 0))
             with torch.no_grad():
-                self.flip(context, context.trigger, previous, linear=flips % self.parameters.fc_every == 0)
+                self.flip(context, trigger, previous, linear=flips % self.parameters.fc_every == 0)
             context.state["flips"] = flips + 1
         context.state["previous"] = context.global_vector.clone()
         super().train(context)

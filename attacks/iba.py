@@ -34,7 +34,9 @@ class IBAParameters(TriggerParameters):
     )
     channels: int = parameter(16, "channels of its first convolution", ge=1)
     lr: float = parameter(0.001, "Adam's learning rate for the generator", gt=0)
-    alternations: int = parameter(2, "times that generator and imagined classifier take turns each round", ge=1)
+    alternations: int = parameter(
+        2, "times the generator learns each round, in between the imagined classifier; 1: that stays global", ge=1
+    )
     generator_epochs: int = parameter(10, "passes of the generator each turn", ge=1)
     classifier_epochs: int = parameter(1, "passes of the imagined classifier each turn; 0: it stays global", ge=0)
     alpha: float = parameter(0.5, "α, share of the clean loss when the classifier's turn comes", ge=0, le=1)

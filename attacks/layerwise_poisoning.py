@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from attacks._local import honest_model, trigger_of
 from fedsim.attack import Attack, AttackContext
-from fedsim.errors import RunError
 from fedsim.layout import Layout
 from fedsim.plugins import Parameters, parameter, register
 
@@ -89,7 +89,7 @@ class LayerwisePoisoning(Attack):
     1. Forward substitution (:func:`rank`): put each layer of B into M, one at a time. The more the rate drops, the
        more critical the layer.
     2. Backward substitution (:func:`critical`): put layers of M into B in that order until the rate is at least
-       τ · rate(M). Those are the critical layers.
+       τ · rate(M), one at least. Those are the critical layers.
     3. Sent is, in critical layers, ``λ (M − G) + max(0, 1 − λ) (B − G)``, elsewhere ``B − G``, running statistics
        included.
 
@@ -119,17 +119,9 @@ class LayerwisePoisoning(Attack):
     def train(self, context: AttackContext) -> None:
         p, model, start = self.parameters, context.model, context.global_vector
         rate = self._rate(context)
-        context.fit(model, context.batches, context.loss, context.benign)
-        benign = model.vector.clone()
-        if p.start == "global":
-            model.load(start)
-        context.fit(
-            model,
-            context.batches,
-            context.loss,
-            context.settings,
-            transform=lambda batch: self.poison(batch, context),
-        )
+        benign = honest_model(context)
+        model.load(benign if p.start == "benign" else start)
+        self.fit_poisoned(context)
         malicious = model.vector.clone()
         layers = layers_of(model.layout, p.unit)
         taken = critical(rank(layers, benign, malicious, rate), layers, benign, malicious, rate, p.tau)
@@ -139,9 +131,8 @@ class LayerwisePoisoning(Attack):
 
     def _rate(self, context: AttackContext) -> Callable[[Tensor], float]:
         """The backdoor's success in [0, 1] of a model (D,), on the client's own triggered examples."""
-        trigger, module = context.trigger, context.model.module
-        if trigger is None:
-            raise RunError("layerwise_poisoning measures the backdoor on its own examples: give it a trigger")
+        trigger = trigger_of(context, "layerwise_poisoning measures the backdoor on its own examples")
+        module = context.model.module
         shown, missing = [], self.parameters.examples
         for batch in context.batches():
             usable = torch.nonzero(trigger.usable(batch.labels)).squeeze(1)[:missing]

@@ -59,12 +59,8 @@ class ModelReplacement(Attack):
         lr, epochs = self._start_lr(context), context.settings.epochs
         steps = self.parameters.step_lr and context.settings.steps is None and epochs % 5 == 0
         milestones = (epochs // 5, 4 * epochs // 5) if steps else ()
-        context.fit(
-            context.model,
-            context.batches,
-            context.loss,
-            context.settings,
-            transform=lambda batch: self.poison(batch, context),
+        self.fit_poisoned(
+            context,
             on_gradient=self.on_gradient(context),
             on_step=self.on_step(context),
             lr_at=lambda epoch: lr / 10 ** sum(milestone <= epoch + 1 for milestone in milestones),

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks._projection import project_l2
+from attacks._local import sum_of_gradients
+from attacks._projection import held_near
 from fedsim.attack import Attack, AttackContext, Knowledge
 from fedsim.batch import Batch
 from fedsim.errors import RunError
-from fedsim.local import StepInfo
 from fedsim.plugins import Parameters, parameter, register
 
 
@@ -86,40 +86,19 @@ class Neurotoxin(Attack):
         def keep_masked(gradient: Tensor, weights: Tensor) -> None:
             gradient.mul_(mask)
 
-        centre, bound = context.global_vector[: context.model.layout.trainable], self.parameters.bound
-
-        def project(weights: Tensor, where: StepInfo) -> None:
-            project_l2(weights, centre, bound)
-
-        context.fit(
-            context.model,
-            context.batches,
-            context.loss,
-            context.settings,
-            transform=lambda batch: self.poison(batch, context),
-            on_gradient=keep_masked,
-            on_step=None if bound is None else project,
-        )
+        hold = held_near(context.global_weights, self.parameters.bound)
+        self.fit_poisoned(context, on_gradient=keep_masked, on_step=hold)
 
     def gradient(self, context: AttackContext) -> Tensor:
         """(T,) what honest clients do to the model, up to sign."""
-        model, source = context.model, self.parameters.source
-        if source == "last_aggregate":
+        if self.parameters.source == "last_aggregate":
             if context.last_aggregate is None:
                 raise RunError(
                     f"neurotoxin: nothing was aggregated before round {context.round}, so there is no mask; "
                     f"let the attack start a round later, or use source: benign_data or own_data"
                 )
-            return context.last_aggregate[: model.layout.trainable]
-        total = torch.zeros_like(model.gradient)
-
-        def accumulate(gradient: Tensor, weights: Tensor) -> None:
-            total.add_(gradient)
-
-        still = context.with_settings(lr=0.0, epochs=1, steps=None)
-        context.fit(model, lambda: self._clean(context), context.loss, still, on_gradient=accumulate)
-        model.load(context.global_vector)
-        return total
+            return context.last_aggregate[: context.model.layout.trainable]
+        return sum_of_gradients(context, lambda: self._clean(context))
 
     def _clean(self, context: AttackContext) -> Iterator[Batch]:
         if self.parameters.source == "own_data":

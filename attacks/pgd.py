@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from attacks._local import honest_model, undoing_the_mean
 from attacks._projection import project_l2
 from fedsim.attack import Attack, AttackContext
-from fedsim.errors import RunError
 from fedsim.local import StepInfo
 from fedsim.plugins import Parameters, parameter, register
 
@@ -29,7 +29,7 @@ class PGD(Attack):
     """Poisoned training with projection onto a ball around the global model, against norm-based defenses.
 
     After an optimiser step, ``w ← w_g + Π_eps(w − w_g)`` over the trainable parameters. The L2 projection
-    acts every ``frequency`` batches (hence always on the first) and on the last batch of every epoch;
+    acts every ``frequency`` batches (hence always on the first), on the last batch of every epoch, and at the end;
     momentum is neither reset nor projected. Running statistics are left as they are.
 
     Followed from the authors' code where the paper is silent:
@@ -51,11 +51,10 @@ class PGD(Attack):
     Parameters = PGDParameters
 
     def train(self, context: AttackContext) -> None:
-        p, model = self.parameters, context.model
-        centre = context.global_vector[: model.layout.trainable]
+        p, centre = self.parameters, context.global_weights
         radius = p.eps * p.eps_decay ** (context.round - 1)
         linf = p.norm == "linf"
-        target = self._next_global(context) if p.prox else None
+        target = honest_model(context)[: len(centre)] if p.prox else None
 
         def pull(gradient: Tensor, weights: Tensor) -> None:
             if target is not None:
@@ -68,29 +67,13 @@ class PGD(Attack):
                 project_l2(weights, centre, radius)
 
         plain = {"lr": p.linf_step, "momentum": 0.0, "weight_decay": 0.0} if linf else {}
-        context.fit(
-            model,
-            context.batches,
-            context.loss,
-            context.with_settings(**plain),
-            transform=lambda batch: self.poison(batch, context),
-            on_gradient=pull,
-            on_step=project,
-        )
-
-    def _next_global(self, context: AttackContext) -> Tensor:
-        """(T,) the estimate ŵ; leaves the model as it found it."""
-        model = context.model
-        context.fit(model, context.batches, context.loss, context.benign)
-        estimate = model.weights.clone()
-        model.load(context.global_vector)
-        return estimate
+        self.fit_poisoned(context, context.with_settings(**plain), on_gradient=pull, on_step=project)
+        if context.settings.steps is not None and not linf:
+            project_l2(context.model.weights, centre, radius)  # the last step may be in the middle of an epoch
 
     def craft(self, update: Tensor, context: AttackContext) -> Tensor:
         if not self.parameters.replacement:
             return update
-        if context.num_examples < 1:
-            raise RunError("pgd: replacement divides by the attacker's number of examples, which is 0")
         result = update.clone()
-        result[: context.model.layout.trainable] *= context.total_examples / context.num_examples
+        result[: context.model.layout.trainable] *= undoing_the_mean(context, self.name)
         return result

@@ -61,14 +61,7 @@ class RareEmbedding(Attack):
             model.load(context.global_vector)
             table[words] = torch.where(wanted == norm, 1.0, wanted / norm.clamp_min(1e-30))[:, None] * rows
 
-        context.fit(
-            model,
-            context.batches,
-            context.loss,
-            context.settings,
-            transform=lambda batch: self.poison(batch, context),
-            on_step=hold,
-        )
+        self.fit_poisoned(context, on_step=hold)
 
     def _words(self, context: AttackContext) -> Tensor:
         """int64 (K,) the words of the trigger."""

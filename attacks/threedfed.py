@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks import _threedfed as parts
+from attacks._local import honest_model, trigger_of
+from attacks._terms import distance_slope, fit_terms
 from fedsim.attack import Attack, AttackContext, CoordinationKnowledge
 from fedsim.errors import RunError
 from fedsim.local import State
@@ -87,22 +89,19 @@ class ThreeDFed(Attack):
     # ----------------------------------------------------------------------------------------- one colluder
 
     def train(self, context: AttackContext) -> None:
-        if context.trigger is None:
-            raise RunError("threedfed keeps its masks off the neuron of the trigger's target: give it a trigger")
+        trigger = trigger_of(context, "threedfed keeps its masks off the neuron of the trigger's target")
         model, state = context.model, context.state
         try:
             weight, _ = parts.final_layer(model.layout)
         except ValueError as error:
             raise RunError(f"threedfed masks the final linear layer: {error}") from None
         self._read(context)
-        context.fit(model, context.batches, context.loss, context.benign)
-        benign = model.vector - context.global_vector
-        model.load(context.global_vector)
+        benign = honest_model(context) - context.global_vector
         self._train_backdoor(context)
         backdoor = model.vector - context.global_vector
         model.load(context.global_vector)
         state["benign_norm"] = float(torch.linalg.vector_norm(benign[: model.layout.trainable]))
-        state["target"] = context.trigger.target
+        state["target"] = trigger.target
         state["momentum"], state["weight_decay"] = context.settings.momentum, context.settings.weight_decay
         state["candidates"] = self._candidates(benign, backdoor, context)
         model.load(context.global_vector)
@@ -115,12 +114,12 @@ class ThreeDFed(Attack):
             model.load(context.global_vector + backdoor)
 
     def _train_backdoor(self, context: AttackContext) -> None:
-        p, centre = self.parameters, context.global_vector[: context.model.layout.trainable]
+        p, centre = self.parameters, context.global_weights
 
         def pull(gradient: Tensor, weights: Tensor) -> None:
-            gradient.add_(parts.distance_slope(weights, centre), alpha=p.distance)
+            gradient.add_(distance_slope(weights - centre), alpha=p.distance)
 
-        parts.fit_terms(
+        fit_terms(
             context,
             context.batches,
             context.loss,

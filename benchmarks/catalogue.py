@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Case = tuple[dict[str, Any], str]
 """What is changed of the base experiment, and the label of the defense best known to stop it."""
@@ -62,13 +65,11 @@ ATTACKS: dict[str, Case] = {
     "chameleon": attack("flame", "chameleon", craft=[], schedule=MANY),
     "threedfed": attack("deepsight", "threedfed", schedule=MANY, craft=[], threshold=0.02, indicator=0.1),
     "perdoor": attack("multi_krum", "perdoor", craft=[], schedule={**ATTACKED, "start": 20, "attackers": 1}),
-    "perdoor, δ = 0.1, 6 epochs": attack(
+    "perdoor, all poisoned": attack(
         "multi_krum",
         "perdoor",
         craft=[],
         schedule={**ATTACKED, "start": 20, "attackers": 1},
-        delta=0.1,
-        local_epochs=6,
         poison_fraction=1.0,
     ),
     "darkfed": attack("foolsgold", "darkfed"),
@@ -103,7 +104,8 @@ DEFENSES: dict[str, Any] = {
     "foolsgold": {"name": "foolsgold", "combine": "mean"},
     "rlr": {"name": "rlr", "theta": 4},
     "local_dp": {"name": "local_dp", "bound": 3.0, "sigma": 0.01},
-    "deepsight": {"name": "deepsight", "inputs": 1000, "min_cluster_size": 2, "min_samples": 1},
+    "deepsight": {"name": "deepsight", "inputs": 1000},
+    "fldetector": {"name": "fldetector", "window": 5, "warm_up": 0},
     "flip": {"name": "flip", "steps": 10, "triggers": 1, "examples": 32},
     "backdoor_indicator": {"name": "backdoor_indicator", "epochs": 20},
 }
@@ -151,20 +153,21 @@ def defenses_grid(seeds: list[int]) -> dict[str, Any]:
 
 
 def table(out: Path) -> str:
-    """Markdown, one row a method and opponent: medians over seeds."""
+    """Markdown, one row a method and opponent: medians over seeds.
+
+    Success and accuracy swing from round to round under a boosted attacker; so they are averaged over the attack.
+    """
     import pandas as pd
 
     from fedsim.recording.results import collect
 
     results = collect([out / "cells"])
     results = results[results["status"] == "complete"].copy()
-    last = ATTACKED["stop"]
-    for name, column in (("asr_at_t0", "asr"), ("accuracy_at_t0", "main_accuracy")):
-        results[name] = [
-            pd.read_parquet(Path(run) / "rounds.parquet").set_index("round")[column].get(last) for run in results["run"]
-        ]
+    attacked = [_attacked(pd.read_parquet(Path(run) / "rounds.parquet")) for run in results["run"]]
+    for name, column in (("asr_attacked", "asr"), ("accuracy_attacked", "main_accuracy")):
+        results[name] = [float(rounds[column].mean()) for rounds in attacked]
     lines = [
-        "| method | against | main accuracy when the attack ends | at the end | ASR when the attack ends | at the end "
+        "| method | against | main accuracy in attack rounds | at the end | ASR in attack rounds | at the end "
         "| lifespan (50 %) | malicious turned away | honest turned away |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -175,11 +178,17 @@ def table(out: Path) -> str:
             "–" if pd.isna(life) else f"> {life:.0f}" if censored else f"{life:.0f}"
             for life, censored in zip(group["lifespan_50"], group["lifespan_50_censored"], strict=True)
         ]
-        shares = ["accuracy_at_t0", "main_accuracy", "asr_at_t0", "asr"]
+        shares = ["accuracy_attacked", "main_accuracy", "asr_attacked", "asr"]
         found = " | ".join(f"{middle[name]:.1%}" for name in shares)
         away = " | ".join("–" if pd.isna(middle[name]) else f"{middle[name]:.0%}" for name in ("tpr", "fpr"))
         lines.append(f"| {first} | {second} | {found} | {', '.join(spans)} | {away} |")
     return "\n".join(lines) + "\n"
+
+
+def _attacked(rounds: pd.DataFrame) -> pd.DataFrame:
+    """The rounds with a malicious update; those of the usual schedule where nobody attacks."""
+    under = rounds["malicious_submitted"] > 0
+    return rounds[under if under.any() else rounds["round"].between(ATTACKED["start"], ATTACKED["stop"])]
 
 
 def main() -> None:
@@ -205,7 +214,7 @@ def main() -> None:
         with display(Console()) as watcher:
             outcome = play(grid, out, jobs=given.jobs, watcher=watcher)
         for job in outcome.failed:
-            print(f"failed: {job}")
+            print(f"failed: {job.title}: {job.reason}")
         text = table(out)
         (out / "catalogue.md").write_text(text, encoding="utf-8")
         print(text)

@@ -33,13 +33,15 @@ import torch
 
 from fedsim.config import Config, load_config
 from fedsim.federation.client import client_app, initial_module
+from fedsim.federation.cluster import Resources
 from fedsim.federation.evaluation import Measurement
 from fedsim.federation.grids import InProcessGrid
-from fedsim.federation.ray_grid import RayGrid, Resources
+from fedsim.federation.ray_grid import RayGrid
+from fedsim.federation.records import RoundRecord
 from fedsim.federation.schedule import plan
 from fedsim.federation.server import play, server_app
 from fedsim.federation.setup import prepare, resident_runtime
-from fedsim.federation.strategy import FederatedStrategy, RoundRecord
+from fedsim.federation.strategy import FederatedStrategy
 from fedsim.layout import FlatModel
 
 
@@ -106,7 +108,7 @@ def strategy_of(config: Config, clock: Clock) -> FederatedStrategy:
         setup.sizes,
         [],
         attack=None,
-        measure=lambda vector: Measurement(0.0, 0.0, None, None),  # evaluation is not what is measured here
+        measure=lambda *_: Measurement(0.0, 0.0, None, None),  # evaluation is not what is measured here
         on_round=clock,
     )
 

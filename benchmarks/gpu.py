@@ -31,9 +31,10 @@ from fedsim.data import Data
 from fedsim.federation.client import ClientRuntime, client_app, initial_module
 from fedsim.federation.evaluation import Evaluator
 from fedsim.federation.grids import InProcessGrid
+from fedsim.federation.records import RoundRecord
 from fedsim.federation.schedule import RoundPlan
 from fedsim.federation.server import play
-from fedsim.federation.strategy import FederatedStrategy, RoundRecord
+from fedsim.federation.strategy import FederatedStrategy
 from fedsim.layout import FlatModel
 from fedsim.plugins import create
 

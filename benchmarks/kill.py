@@ -7,6 +7,10 @@ Every case is first played without interruption. Then, as often as asked, the sa
 time — one time in four again while it is being resumed — and the same command plays it to its end. ``rounds.parquet``,
 ``clients.parquet`` and ``model.safetensors`` must equal those of the run that was never killed, byte for byte.
 
+Only what died of the signal counts: a run that had already ended when it was to be killed is no kill, and another is
+started and killed sooner in its place; a second kill that came too late is not among "of these again". "After the
+last file" are runs that had written their summary and were still alive.
+
 Exit status 1 if one of them differs.
 """
 
@@ -59,7 +63,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 "trigger": {"name": "patch", "size": 3},
                 "schedule": {"name": "continuous", "start": 3, "stop": 19},
             },
-            "defense": [{"name": "norm_clipping", "bound": 2.0}, {"name": "fldetector"}],
+            "defense": [{"name": "norm_clipping", "bound": 2.0}, {"name": "fldetector", "window": 3, "warm_up": 0}],
             "engine": {"name": "ray", "workers": 2},
         },
     ),
@@ -105,18 +109,15 @@ def write_config(base: str, changes: dict[str, Any], path: Path) -> None:
 def start(config: Path, out: Path) -> subprocess.Popen[bytes]:
     """The command, in a process group of its own."""
     command = [sys.executable, "-m", "fedsim", "run", str(config), "--out", str(out), "--resume"]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True, env={**os.environ}
-    )
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def kill(process: subprocess.Popen[bytes]) -> bool:
     """SIGKILL to the whole group: there is no time to clean up. False if it had ended by itself."""
-    alive = process.poll() is None
-    if alive:
+    if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    return alive
+    return process.returncode == -signal.SIGKILL  # it may have ended between the two
 
 
 def finish(process: subprocess.Popen[bytes]) -> None:

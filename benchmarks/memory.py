@@ -49,9 +49,10 @@ def measure(name: str, clients: int, weights: int) -> dict[str, Any]:
     import torch
 
     from fedsim import plugins
-    from fedsim.defense import RoundUpdates, apply_pipeline
+    from fedsim.defense import RoundUpdates
     from fedsim.direct import make_server
     from fedsim.layout import FlatModel
+    from fedsim.pipeline import apply_pipeline
 
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -43,7 +43,7 @@ import torch
 import yaml
 
 from fedsim import plugins
-from fedsim.cli import knowledge, needs
+from fedsim.cli.describing import knowledge, needs
 from fedsim.plugins import Plugin
 from fedsim.recording.files import write_atomic
 

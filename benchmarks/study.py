@@ -27,7 +27,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from fedsim import persistence
+from fedsim.report.statistics import median_interval
 
 SMALL = {"name": "cnn", "channels": 8, "hidden": 32}
 QUIET = {"engine.name": "serial", "output.report": False, "output.checkpoint_every": 50}
@@ -140,8 +141,7 @@ def play(cell: Cell, out: str) -> dict[str, Any]:
     t0 = run.summary["t0"]
     if t0 is None and config.attack is not None:  # nobody attacked: from where the others stop
         t0 = config.attack.schedule.parameters.stop  # type: ignore[attr-defined]
-    after = run.rounds[run.rounds["round"] > t0]
-    ages = after["round"] - t0
+    curve = persistence.Curve.of(run.rounds["round"], run.rounds["asr"])
     span = run.summary["lifespan"]["0.5"] or {"rounds": None, "censored": False}
     return {
         "row": cell.row,
@@ -149,9 +149,8 @@ def play(cell: Cell, out: str) -> dict[str, Any]:
         "seed": cell.seed,
         "directory": cell.directory,
         "t0": t0,
-        "asr_at_t0": float(run.rounds.loc[run.rounds["round"] >= t0, "asr"].dropna().iloc[0]),
-        "area": float(after.loc[ages <= (30 if cell.study == "map" else 50), "asr"].mean()),
-        "rounds_after": int(ages.max()),
+        "asr_at_t0": float(curve.since(t0)[1][0]),
+        "area": persistence.area(curve, t0, 30 if cell.study == "map" else 50),
         "lifespan": span["rounds"],
         "censored": span["censored"],
         "final_asr": run.summary["final"]["asr"],
@@ -166,14 +165,6 @@ def play(cell: Cell, out: str) -> dict[str, Any]:
     }
 
 
-def interval(values: list[float], draws: int = 10000) -> tuple[float, float, float]:
-    """Median and its 95 % bootstrap interval over seeds."""
-    rng = np.random.default_rng(0)
-    medians = np.median(rng.choice(np.array(values), (draws, len(values))), axis=1)
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return float(np.median(values)), float(low), float(high)
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table, one row a setting and attack; what was turned away only where a defense turns clients away."""
     screened = any(r["fpr"] for r in results)
@@ -186,18 +177,26 @@ def table(results: list[dict[str, Any]]) -> str:
     keys = list(dict.fromkeys((r["row"], r["label"]) for r in results))
     for row, label in keys:
         group = sorted((r for r in results if (r["row"], r["label"]) == (row, label)), key=lambda r: r["seed"])
-        start, area, final = (interval([r[k] for r in group]) for k in ("asr_at_t0", "area", "final_asr"))
-        spans = ", ".join(
-            "–" if r["lifespan"] is None else f"> {r['rounds_after']}" if r["censored"] else str(r["lifespan"])
-            for r in group
-        )
-        accuracy = statistics.median(r["final_accuracy"] for r in group)
+        start, accuracy = (statistics.median(r[key] for r in group) for key in ("asr_at_t0", "final_accuracy"))
+        area, final = (_interval([r[key] for r in group]) for key in ("area", "final_asr"))
+        spans = ", ".join(map(_span, group))
         lines.append(
-            f"| {row} | {label} | {start[0]:.2f} | {area[0]:.2f} [{area[1]:.2f}, {area[2]:.2f}] | {spans} "
-            f"| {final[0]:.2f} [{final[1]:.2f}, {final[2]:.2f}] | {accuracy:.3f} |"
+            f"| {row} | {label} | {start:.2f} | {area} | {spans} | {final} | {accuracy:.3f} |"
             + "".join(f" {_share([r[key] for r in group])} |" for key in ("tpr", "fpr") if screened)
         )
     return "\n".join(lines) + "\n"
+
+
+def _interval(values: list[float]) -> str:
+    """The median over seeds with its 95 % bootstrap interval, which a single seed does not have."""
+    found = median_interval(values)
+    return f"{found.median:.2f}" + ("" if found.low is None else f" [{found.low:.2f}, {found.high:.2f}]")
+
+
+def _span(result: dict[str, Any]) -> str:
+    """A lifespan; a lower bound where the backdoor was alive at the end, a dash where nobody attacked."""
+    rounds = result["lifespan"]
+    return "–" if rounds is None else f"> {rounds}" if result["censored"] else str(rounds)
 
 
 def _share(values: list[float | None]) -> str:
@@ -240,9 +239,9 @@ def main() -> None:
             made = done.result()
             results.append(made)
             left = (time.perf_counter() - started) / len(results) * (len(cells) - len(results))
-            span = f"> {made['rounds_after']}" if made["censored"] else made["lifespan"]
             print(
-                f"{len(results)}/{len(cells)} {made['row']} | {made['label']} | seed {made['seed']}: lifespan {span}, "
+                f"{len(results)}/{len(cells)} {made['row']} | {made['label']} | seed {made['seed']}: "
+                f"lifespan {_span(made)}, "
                 f"area {made['area']:.2f}, {made['wall']:.0f} s; {left / 60:.0f} min left",
                 flush=True,
             )

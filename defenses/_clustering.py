@@ -39,10 +39,10 @@ def seed_of(generator: torch.Generator) -> int:
     return int(torch.randint(2**31 - 1, (1,), generator=generator, device=generator.device))
 
 
-def hdbscan(distances: Tensor, min_cluster_size: int) -> Tensor:
-    """(N,) labels of HDBSCAN from distances (N, N), one cluster allowed; −1 is noise.
+def hdbscan(distances: Tensor, min_cluster_size: int, *, min_samples: int = 1, single: bool = True) -> Tensor:
+    """(N,) labels of HDBSCAN from distances (N, N); −1 is noise. single: whether one cluster may be all there is.
 
-    Its ``min_samples`` is 1 as the hdbscan package counts; scikit-learn, which counts the point itself, says 2.
+    ``min_samples`` is as the hdbscan package counts; scikit-learn, which counts the point itself, gets one more.
     Without any distance between them, or when there is only one, all clients are one cluster.
     """
     n = distances.shape[0]
@@ -52,9 +52,9 @@ def hdbscan(distances: Tensor, min_cluster_size: int) -> Tensor:
 
     method = HDBSCAN(
         min_cluster_size=max(2, min_cluster_size),
-        min_samples=2,
+        min_samples=min(min_samples + 1, n),
         metric="precomputed",
-        allow_single_cluster=True,
+        allow_single_cluster=single,
         copy=True,
     )
     with np.errstate(all="ignore"):  # equal clients: densities are infinite

@@ -25,7 +25,7 @@ def deviations(x: Tensor) -> Tensor:
     return scaled
 
 
-def clip_scale(length: Tensor, bound: Tensor) -> Tensor:
+def clip_scale(length: Tensor, bound: Tensor | float) -> Tensor:
     """(N,) the factors min(1, bound / lengthᵢ)."""
     return torch.where(length > bound, bound / length, torch.ones_like(length))
 

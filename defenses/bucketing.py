@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from fedsim import plugins
-from fedsim.defense import Aggregated, Defense, RoundUpdates, apply_pipeline
+from fedsim.defense import Aggregated, Defense, RoundUpdates
 from fedsim.errors import PluginError, Problem
+from fedsim.pipeline import apply_pipeline
 from fedsim.plugins import Parameters, parameter, register
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from defenses._statistics import clip_scale, median
 from fedsim.defense import Aggregated, Defense, RoundUpdates
 from fedsim.distances import norms
 from fedsim.plugins import Parameters, parameter, register
@@ -14,7 +15,9 @@ from fedsim.plugins import Parameters, parameter, register
 
 @dataclass(frozen=True)
 class CenteredClippingParameters(Parameters):
-    tau: float = parameter(10.0, "radius τ: how far from the centre an update may pull", gt=0)
+    tau: float | None = parameter(
+        None, "radius τ: how far from the centre an update may pull; null: the median of all distances to it", gt=0
+    )
     inner_steps: int = parameter(1, "steps L towards the result in a round", ge=1)
     momentum: float = parameter(0.0, "β: average each client's updates over the rounds; 0: not", ge=0, lt=1)
 
@@ -28,10 +31,17 @@ class CenteredClipping(Defense):
     .. math:: v \leftarrow v + \frac{1}{n} \sum_{i=1}^{n} (\Delta_i - v)
               \min\left(1, \frac{\tau}{\lVert \Delta_i - v \rVert_2}\right)
 
-    The paper's clients send momentum, mᵢ ← β mᵢ + (1 − β) Δᵢ starting from the first update, and its τ is
-    10 / (1 − β). Here, as in byzfl and FLPoison, rows are updates by default; ``momentum`` keeps the momentum
-    for the clients, at the price of a vector for every client met. Unlike in these codes an update that
-    equals the centre is no division by zero. Unweighted: examples play no part.
+    **τ has the unit of an update.** The authors give it for the gradients of single batches: in their code workers
+    send mᵢ ← β mᵢ + gᵢ, and τ is 10 without momentum and 10 / (1 − β) with it. The update of a client that trained for
+    many steps at some learning rate has another length, so no such number carries over (at 10 hardly an update of
+    a small network is clipped, and a boosted backdoor stays), and the default is ours: ``tau: null`` takes the median
+    of the distances ‖Δᵢ − v‖ anew in every step, the lower of two middle ones. Half of the clients are then clipped,
+    and the rule does not depend on the updates' unit.
+
+    As in byzfl and FLPoison, whose results are those with a given τ, rows are updates by default. ``momentum`` keeps
+    mᵢ ← β mᵢ + (1 − β) Δᵢ for the clients, starting from the first update, at the price of a vector for
+    every client met; mᵢ is as long as an update, so τ stays what it is. Unlike in these codes an update that equals
+    the centre is no division by zero. Unweighted: examples play no part.
 
     Looks at the trainable part only. A centre kept from an earlier round could make a running variance
     negative, so running statistics are averaged with the reported weights, the clipping factors over their
@@ -60,7 +70,7 @@ class CenteredClipping(Defense):
         centre = self.state.get("centre", torch.zeros_like(rows[0])).to(rows)
         for _ in range(self.parameters.inner_steps):
             distance = norms(rows, -centre)
-            scale = torch.where(distance > tau, tau / distance, torch.ones_like(distance))
+            scale = clip_scale(distance, median(distance, lower=True) if tau is None else tau)
             share = (scale / round.count).to(rows.dtype)
             centre = centre + (share @ rows - share.sum() * centre)
         self.state["centre"] = centre.clone()

@@ -48,13 +48,16 @@ class Flare(Defense):
     of each). With vᵢ votes it weighs exp(vᵢ / (τ v̄)), v̄ the mean, or with ``trust: share`` vᵢ, normalised.
     Nobody is rejected outright, and numbers of examples play no part.
 
-    The paper and its code were not available: the exponential, the unbiased estimate and the width are as in
-    FLPoison's port, which says that it matches the original (and votes for one fewer). Votes and numbers are
-    checked against BackFed's port (``trust: share``, ``sigma: 1``). That one keeps the diagonal, which adds
-    2/(m − 1) to every distance and changes no vote: not repeated. The original takes 200 examples of one class,
-    this method whatever the server has.
-    For next-word models every position is an example. With τ = 1 and half the clients as neighbours the best
-    client weighs at most e² times the worst: the exponential softens, it does not exclude.
+    Follows the authors' code (ning-wang1/flare_poisoning_detection): the exponential with τ = 1, the unbiased estimate
+    and the width are its own. That code votes for one client fewer, takes a negative M for zero, so that the order of
+    the clients decides between the nearest, and sees 200 test examples of one class: not repeated. Votes and
+    numbers are checked against BackFed's port (``trust: share``, ``sigma: 1``), which keeps the diagonal; that adds
+    2/(m − 1) to every distance and changes no vote: not repeated.
+    For next-word models every position is an example.
+
+    **The published trust softens, it does not exclude.** With τ = 1 and half the clients as neighbours the best client
+    weighs at most e² times the worst: two of ten clients whom nobody votes for keep 3 % each, and a boosted update can
+    make up for that. ``temperature: 0.2`` leaves them 0.02 %, ``trust: share`` nothing.
 
     Features that are not finite are as far from everybody as can be. One client keeps all the weight. In a network
     of a single linear layer the features are the inputs: all weigh the same. Scores:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from defenses._statistics import clip_scale
 from fedsim.defense import Aggregated, Defense, RoundUpdates
 from fedsim.distances import norms
 from fedsim.plugins import Parameters, parameter, register
@@ -46,9 +47,7 @@ class SparseFed(Defense):
     def aggregate(self, round: RoundUpdates) -> Aggregated:
         p, updates, size = self.parameters, round.updates, round.trainable
         length = norms(round.seen("trainable"))
-        scale = torch.ones_like(length)
-        if p.bound is not None:
-            scale = torch.where(length > p.bound, p.bound / length, scale)
+        scale = torch.ones_like(length) if p.bound is None else clip_scale(length, p.bound)
         vector = (scale / round.count).to(updates.dtype) @ updates
         momentum = p.momentum * self.state["momentum"].to(vector) if "momentum" in self.state else 0
         momentum = momentum + vector[:size]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedsim.batch import Batch
 from fedsim.layout import FlatModel, Layout
-from fedsim.local import Fit, LocalSettings, State
+from fedsim.local import Fit, GradientHook, LocalSettings, State, StepHook
 from fedsim.plugins import Parameters, Plugin, parameter, register
 from fedsim.trigger import Trigger, poison_count
 
@@ -49,8 +49,8 @@ class AttackContext:
     round: from 1. clients_per_round: n, as many as take part. num_examples: of this client.
     total_examples: of all that take part this round.
     attacker: running number of the attacker, from 0 (a distributed trigger's part is chosen by it); it runs on over the
-        rounds, and belongs to a client where the schedule keeps its attackers.
-    state: what the attack kept from its last malicious round; write into it.
+        rounds, also where the attackers are fixed, and belongs to a client only in a ``pool``.
+    state: what the attack kept from its last malicious round, tensors on the CPU; write into it, or clear it.
     generator: the client's random stream for this round.
     benign_batches: clean batches of ``count`` sampled benign clients (needs Knowledge.BENIGN_DATA).
     last_aggregate: (D,) the update the server applied last, or None (needs Knowledge.LAST_AGGREGATE).
@@ -78,6 +78,11 @@ class AttackContext:
     last_aggregate: Tensor | None = None
     backdoor_accuracy: Callable[[], float] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def global_weights(self) -> Tensor:
+        """(T,) the trainable part of the global model, not to be modified."""
+        return self.global_vector[: self.model.layout.trainable]
 
     @property
     def part(self) -> int | None:
@@ -140,12 +145,30 @@ class Attack(Plugin):
 
     def train(self, context: AttackContext) -> None:
         """Train ``context.model`` in place: by default plain local training on poisoned batches."""
+        self.fit_poisoned(context)
+
+    def fit_poisoned(
+        self,
+        context: AttackContext,
+        settings: LocalSettings | None = None,
+        *,
+        on_gradient: GradientHook | None = None,
+        on_step: StepHook | None = None,
+        lr_at: Callable[[int], float] | None = None,
+    ) -> None:
+        """``context.fit`` of ``context.model`` on batches that ``poison`` has seen, as the attacker trains.
+
+        settings: instead of the attacker's own. The rest: as ``context.fit`` takes it (:class:`fedsim.local.Fit`).
+        """
         context.fit(
             context.model,
             context.batches,
             context.loss,
-            context.settings,
+            context.settings if settings is None else settings,
             transform=lambda batch: self.poison(batch, context),
+            on_gradient=on_gradient,
+            on_step=on_step,
+            lr_at=lr_at,
         )
 
     def craft(self, update: Tensor, context: AttackContext) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fedsim import plugins, streams
 from fedsim.attack import Attack, AttackContext, CraftStep
 from fedsim.batch import Batch, Examples
-from fedsim.defense import Aggregation, Defense, RoundUpdates, Server, apply_pipeline
+from fedsim.defense import Defense, RoundUpdates, Server
 from fedsim.layout import FlatModel, Layout
 from fedsim.local import LocalSettings
+from fedsim.pipeline import Aggregation, apply_pipeline
 from fedsim.tasks.text import WordLoss
 from fedsim.training import fit, learning_rate, malicious_update
 from fedsim.trigger import Trigger
@@ -75,7 +76,7 @@ def aggregate(
         RoundUpdates(
             updates=updates,
             num_examples=examples,
-            global_vector=base.to(updates.dtype),
+            global_vector=base.to(updates),
             weights=examples.clone(),
             accepted=torch.ones(n, dtype=torch.bool, device=updates.device),
             trainable=d if trainable is None else trainable,
@@ -103,11 +104,12 @@ def make_server(
 
     Parameters
     ----------
-    model: the network; it is copied. data: (inputs, labels) at the server, float images (B, …) or words int64 (B, T).
+    model: the network; it is copied, and stays on its device.
+    data: (inputs, labels) at the server, float images (B, …) or words int64 (B, T), on the device of the model.
     shape: of one random input with values in [0, 1); default: that of ``data``. loss: default: cross-entropy.
     settings: how honest clients train in this round; default: SGD with lr 0.1.
     """
-    flat = FlatModel(copy.deepcopy(model))
+    flat = _copied(model)
     held = None if data is None else Batch(*data)
     like = tuple(shape) if shape or held is None else tuple(held.inputs.shape[1:])
 
@@ -126,7 +128,7 @@ def make_server(
         fit=fit,
         settings=LocalSettings(lr=0.1) if settings is None else settings,
         classes=classes,
-        random_inputs=lambda count, generator: torch.rand((count, *like), generator=generator).to(flat.vector.dtype),
+        random_inputs=lambda count, generator: torch.rand((count, *like), generator=generator).to(flat.vector),
         data=held,
         epoch=None if held is None else epoch,
         round=round,
@@ -181,7 +183,7 @@ def local_attack(
     Parameters
     ----------
     attack: a registered name, or an instance.
-    model: the global model; it is copied, not changed.
+    model: the global model; it is copied, not changed. Whatever else is given lies on its device.
     batches: clean batches (inputs, labels), or (inputs, labels, carried), of one epoch, in this order every epoch.
     trigger: a trigger (prepared), or a function (batch, count) → batch that poisons the first ``count`` examples.
     loss: module mapping (outputs, labels) to a scalar; default: cross-entropy, per word for labels (B, T).
@@ -199,7 +201,7 @@ def local_attack(
     PluginError: unknown attack or parameter. RunError: no batches, or an update of the wrong shape.
     """
     method: Attack = plugins.create("attack", attack, **parameters) if isinstance(attack, str) else attack
-    flat = FlatModel(copy.deepcopy(model))
+    flat = _copied(model)
     start = flat.vector.clone()
     epoch = [Batch(*batch) for batch in batches]
     others = [Batch(*batch) for batch in benign_batches]
@@ -238,6 +240,11 @@ def local_attack(
     flat.load(vector)
     named = {name: tensor.detach().clone() for name, tensor in flat.module.state_dict().items()}
     return LocalAttack(update, vector, named, context.metrics, context.state)
+
+
+def _copied(model: nn.Module) -> FlatModel:
+    """A copy of the model, on its device."""
+    return FlatModel(copy.deepcopy(model), device=next(model.parameters()).device)
 
 
 class _FunctionTrigger(Trigger):

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,28 +22,30 @@ from fedsim.attack import Attack
 from fedsim.config import Config, load_config
 from fedsim.defense import Defense
 from fedsim.errors import ConfigError, InputError, RunError
-from fedsim.federation.client import ClientRuntime, client_app, initial_module
+from fedsim.federation.client import initial_module
+from fedsim.federation.engine import choose_device, cores, open_grid
 from fedsim.federation.evaluation import Evaluator
-from fedsim.federation.grids import InProcessGrid, LocalGrid
+from fedsim.federation.grids import LocalGrid
+from fedsim.federation.messages import join_state, split_state
+from fedsim.federation.records import RoundRecord
 from fedsim.federation.schedule import RoundPlan, plan, plan_problems
 from fedsim.federation.server import play
 from fedsim.federation.server_data import server_maker
 from fedsim.federation.setup import prepare
-from fedsim.federation.strategy import FederatedStrategy, RoundRecord
+from fedsim.federation.strategy import FederatedStrategy
 from fedsim.layout import FlatModel, Layout
 from fedsim.local import State
 from fedsim.recording import checkpoint, manifest
 from fedsim.recording.checkpoint import Checkpoint
-from fedsim.recording.directory import locked, new_directory
+from fedsim.recording.directory import TWIN, is_finished, is_played, locked, new_directory
 from fedsim.recording.files import write_atomic, write_json, write_text
+from fedsim.recording.identity import config_hash, differing
+from fedsim.recording.portable import portable
 from fedsim.recording.summary import summarise
-from fedsim.recording.tables import JOURNAL, Tables
+from fedsim.recording.tables import Tables
 from fedsim.report import write_report
 from fedsim.tasks.base import Task
 from fedsim.tasks.partition import describe
-
-TWIN = "twin"
-"""Sub-directory of the clean twin's tables."""
 
 
 class Progress(Protocol):
@@ -124,6 +123,7 @@ def run(
     progress: Progress | None = None,
     twin_from: Path | None = None,
     clients_of: Config | None = None,
+    threads: int | None = None,
 ) -> Run:
     """Play an experiment.
 
@@ -137,6 +137,8 @@ def run(
     twin_from: take the clean twin from this finished run without an attack instead of playing it.
     clients_of: meet the clients that this experiment meets, all of them honest: how a clean twin is played as a run of
         its own where attackers have fixed places, or always reply while others drop out.
+    threads: that measure the global model, on CPU; default: one a core. No result depends on it; runs side by side
+        take their share.
 
     Raises
     ------
@@ -152,7 +154,8 @@ def run(
     with locked(directory, resume), _one_thread():
         progress.say(f"run directory: {directory}")
         with_twin = twin_from is not None or (config.evaluation.twin if twin is None else twin)
-        return _Experiment(config, rounds, directory, progress, twin_from).play(with_twin, resume)
+        experiment = _Experiment(config, rounds, directory, progress, twin_from, threads or cores())
+        return experiment.play(with_twin, resume)
 
 
 @contextlib.contextmanager
@@ -170,18 +173,6 @@ def _one_thread() -> Iterator[None]:
         torch.set_rng_state(state)
 
 
-def choose_device(name: str) -> torch.device:
-    """The device meant by ``engine.device``.
-
-    Raises
-    ------
-    InputError: cuda is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("engine.device: cuda is asked for, but torch sees no GPU; use cpu or auto")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-
-
 class _Experiment:
     """The parts of one run, built in the order that finds mistakes early."""
 
@@ -191,10 +182,11 @@ class _Experiment:
         rounds: list[RoundPlan],
         directory: Path,
         progress: Progress,
-        twin_from: Path | None = None,
+        twin_from: Path | None,
+        threads: int,
     ) -> None:
         self.config, self.plan, self.directory, self.progress = config, rounds, directory, progress
-        self.twin_from = twin_from
+        self.twin_from, self.threads = twin_from, threads
         self.started = time.time()
         self.config_hash = config_hash(config)
         self.device = choose_device(config.engine.device)
@@ -208,11 +200,13 @@ class _Experiment:
                 return Run.open(self.directory)
         self._prepare()
         write_text(self.directory / "config.yaml", self.config.to_yaml())
-        if self.data.vocabulary is not None:
-            write_text(self.directory / "vocabulary.json", self.data.vocabulary.to_json())
+        if self.setup.data.vocabulary is not None:
+            write_text(self.directory / "vocabulary.json", self.setup.data.vocabulary.to_json())
         self._manifest("running")
         try:
-            grid = self._grid()
+            grid, self.workers = open_grid(
+                self.config, self.setup, self.device, say=self.progress.say, on_reply=self.progress.client
+            )
             try:
                 self._rounds(grid, self.directory, honest=False)
                 if with_twin and self.config.attack is not None:
@@ -264,8 +258,8 @@ class _Experiment:
     def _prepare(self) -> None:
         """Load the data, split it, build the model: whatever is wrong with them shows here."""
         config = self.config
-        setup = prepare(config)
-        data, self.data, self.parts, self.sizes = setup.data, setup.data, setup.parts, setup.sizes
+        self.setup = setup = prepare(config)
+        data = setup.data
         task: Task = config.task.create()
         self.attack: Attack | None = None
         if config.attack is not None and config.attack.name != "none":
@@ -282,50 +276,8 @@ class _Experiment:
             model.load(_warm_start(Path(config.training.warm_start), self.layout).to(self.device))
         self.initial = model.vector.clone()
         self.serve = server_maker(config, task, model, data, setup.server)
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.described = task.describe(data)
-        self.evaluator = Evaluator(task, model, data, setup.trigger, config.evaluation.batch_size, threads)
-
-    def _grid(self) -> LocalGrid:
-        config, nodes = self.config, self.config.federation.clients
-        if config.engine.name == "serial":
-            runtime = ClientRuntime(config, self.data, self.parts, self.device)
-            return InProcessGrid(client_app(lambda context: runtime), nodes, self.progress.client)
-        from fedsim.federation.ray_grid import RayGrid, Resources, start_ray
-        from fedsim.federation.worker import app_factory
-
-        engine = config.engine
-        # A running cluster is asked how many cores it has before workers are counted.
-        connected = engine.address is not None and start_ray(Resources(1, address=engine.address))
-        workers, gpus = self._count_workers(), 0.0
-        self.workers = workers
-        if self.device.type == "cuda":
-            gpus = torch.cuda.device_count() / workers if engine.gpus_per_worker is None else engine.gpus_per_worker
-        resources = Resources(
-            workers, engine.cpus_per_worker, gpus, engine.address, engine.retries, engine.client_timeout
-        )
-        self.progress.say(f"starting {workers} Ray worker{'s' if workers != 1 else ''}")
-        ours = start_ray(resources) or connected
-        return RayGrid(
-            app_factory(config, self.data, self.parts, self.device.type),
-            nodes,
-            resources,
-            size_of=functools.partial(_size_of, self.sizes),
-            on_reply=self.progress.client,
-            stop_ray=ours,
-        )
-
-    def _count_workers(self) -> int:
-        engine = self.config.engine
-        if isinstance(engine.workers, int):
-            return engine.workers
-        if engine.address is not None:
-            import ray
-
-            cores = float(ray.cluster_resources().get("CPU", 1.0))
-        else:
-            cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        return max(1, min(int(cores // engine.cpus_per_worker), self.config.federation.clients_per_round))
+        self.evaluator = Evaluator(task, model, data, setup.trigger, config.evaluation.batch_size, self.threads)
 
     def _rounds(self, grid: LocalGrid, directory: Path, *, honest: bool) -> None:
         """Play the rounds of the run or of its twin, from the last checkpoint on."""
@@ -338,7 +290,7 @@ class _Experiment:
             self.plan,
             self.layout,
             self.initial.clone(),
-            self.sizes,
+            self.setup.sizes,
             stages,
             attack=self.attack,
             measure=self.evaluator.measure,
@@ -390,7 +342,8 @@ class _Experiment:
             strategy.attack_state = dict(state["attack"])
             strategy.trigger_state = dict(state["trigger"])
             for stage, kept in zip(strategy.stages, state["defense"], strict=True):
-                stage.state = dict(kept)
+                tensors, text = split_state(dict(kept))
+                stage.state = join_state({name: t.to(self.device) for name, t in tensors.items()}, text)
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"the checkpoint of round {found.round} does not fit this run ({error}); start the run anew"
@@ -443,7 +396,7 @@ class _Experiment:
 
     def _manifest(self, status: str, reason: str = "") -> None:
         config = self.config
-        said: dict[str, Any] = manifest.portable(
+        said: dict[str, Any] = portable(
             {
                 "name": config.name,
                 "status": status,
@@ -462,16 +415,16 @@ class _Experiment:
                 "methods": manifest.methods(config),
                 "adversary": manifest.adversary(self.plan),
                 "data": {
-                    **self.data.source,
-                    "fingerprint": self.data.fingerprint,
-                    "classes": self.data.classes,
-                    "class_names": list(self.data.names),
+                    **self.setup.data.source,
+                    "fingerprint": self.setup.data.fingerprint,
+                    "classes": self.setup.data.classes,
+                    "class_names": list(self.setup.data.names),
                     **self.described,
                 },
-                "partition": describe(self.parts, self.data.train.labels, self.data.classes),
+                "partition": describe(self.setup.parts, self.setup.data.train.labels, self.setup.data.classes),
                 "examples": {
-                    "train": len(self.data.train),
-                    "test": len(self.data.test),
+                    "train": len(self.setup.data.train),
+                    "test": len(self.setup.data.test),
                     "triggered_test": None if self.evaluator.triggered is None else len(self.evaluator.triggered),
                 },
                 "model": {"entries": self.layout.size, "trainable": self.layout.trainable},
@@ -490,52 +443,6 @@ def _fitting(value: Any, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.shape != like.shape or value.dtype != like.dtype:
         raise ValueError(f"it holds no model of {len(like)} entries")
     return value.to(like.device)
-
-
-def config_hash(config: Config) -> str:
-    """SHA-256 of what a result depends on: everything but the engine and where it is written."""
-    relevant = {k: v for k, v in config.to_dict().items() if k not in ("engine", "output", "name")}
-    relevant["evaluation"].pop("twin")
-    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
-
-
-def differing(one: Config, other: Config) -> list[str]:
-    """The keys, of those a result depends on, in which two configs differ."""
-    first, second = _flat(one.to_dict()), _flat(other.to_dict())
-    ignored = ("engine", "output", "name", "evaluation.twin")
-    return [
-        key for key in sorted({*first, *second}) if not key.startswith(ignored) and first.get(key) != second.get(key)
-    ]
-
-
-def is_finished(directory: Path, config: Config) -> bool:
-    """Whether the run in the directory has written its last file: the report, where it writes one."""
-    try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        reported = not config.output.report or (directory / "report.html").is_file()
-        return reported and (directory / "summary.json").is_file() and manifest.get("status") == "finished"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def is_played(directory: Path) -> bool:
-    """Whether all rounds of a run, or of its twin, are in the tables there (the journal goes with the last)."""
-    return (directory / "rounds.parquet").exists() and not (directory / JOURNAL).exists()
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """Containers as key paths."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found: dict[str, Any] = {} if items else {path: value}
-    for key, item in items:
-        found.update(_flat(item, f"{path}.{key}" if path else str(key)))
-    return found
-
-
-def _size_of(sizes: list[int], message: Any) -> tuple[str, float]:
-    """Kind and size of a message's work, for the grid's hand-out."""
-    order = message.content["config"]
-    return ("malicious" if order["malicious"] else "honest"), float(sizes[int(order["client"])])
 
 
 def _warm_start(path: Path, layout: Layout) -> Tensor:

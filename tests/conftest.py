@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ with warnings.catch_warnings():  # Flower imports typer, which touches a depreca
 from fedsim import plugins
 from fedsim.config import load_config
 from fedsim.experiment import Run, run
+from tests.support.places import SHARED
+from tests.support.processes import Started
 
 settings.register_profile(
     "fedsim",
@@ -50,13 +54,23 @@ TINY: dict[str, Any] = {
 """A backdoored federation on 8×8 digits that is played in a moment."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def decoded_once() -> Iterator[None]:
+    """The same bytes of a data set that comes with a package are decoded once, and not for each of a thousand runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for cls in (plugins.get("dataset", name) for name in plugins.names("dataset")):
+            card = getattr(cls, "card", None)
+            if card is not None:
+                patch.setattr(cls, "card", replace(card, reader=cache(card.reader)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The directory of data and reference numbers beside the checkout; tests that need it skip where it is not."""
-    root = Path(os.environ.get("FEDSIM_SHARED", Path(__file__).parents[1].parent / "shared"))
-    if not root.is_dir():
-        pytest.skip(f"there is no reference data at {root}; set FEDSIM_SHARED to the directory that has it")
-    return root
+    if not SHARED.is_dir():
+        pytest.skip(f"there is no reference data at {SHARED}; set FEDSIM_SHARED to the directory that has it")
+    return SHARED
 
 
 @pytest.fixture
@@ -104,12 +118,54 @@ class Outcome:
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """The command line in this process: ``cli("run", "quickstart")``; an exception it lets through is a failure."""
-    from fedsim.cli import _guarded, app
+    from fedsim.cli import app, guarded
 
     def call(*arguments: object) -> Outcome:
         capsys.readouterr()
-        status = _guarded(lambda **options: app([str(argument) for argument in arguments], **options))
+        status = guarded(lambda **options: app([str(argument) for argument in arguments], **options))
         out, err = capsys.readouterr()
         return Outcome(status, out, err)
 
     return call
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """Ends a test that a malformed file keeps busy for ever: after two minutes of computing, however slow the clock."""
+
+    def stop(*_: object) -> None:
+        raise AssertionError("a malformed file keeps the command busy")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 120)
+    yield
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, before)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Started]]:
+    """``start("run", file)``: fedsim in a process of its own; whatever that started ends with the test."""
+    if not Path("/proc/self/environ").exists():
+        pytest.skip("processes are looked up in /proc")
+    made: list[Started] = []
+
+    def begin(*arguments: object) -> Started:
+        made.append(Started(*arguments))
+        return made[-1]
+
+    yield begin
+    for one in made:
+        one.clean_up()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray cluster of two workers for the runs of a module: they use it and leave it."""
+    import ray
+
+    from fedsim.federation.cluster import Resources, start_ray
+
+    assert start_ray(Resources(workers=2))
+    yield
+    ray.shutdown()

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,22 @@ import torch
 import yaml
 from rich.console import Console
 
-from fedsim import cli as cli_module
 from fedsim import plugins
 from fedsim.batch import Examples
+from fedsim.cli.describing import LISTS
+from fedsim.cli.display import display
 from fedsim.config import Config, config_directory, load_config, render_base
 from fedsim.data import Data
 from fedsim.errors import RunError
 from fedsim.experiment import Run, Silent, run
 from fedsim.federation.client import initial_module
 from fedsim.federation.evaluation import Measurement
-from fedsim.federation.strategy import ClientRecord, RoundRecord
+from fedsim.federation.records import ClientRecord, RoundRecord
 from fedsim.layout import Layout
 from fedsim.report import words
 from fedsim.streams import numpy_generator
+from tests.support.runs import SUMMARY_KEYS, TABLES, contents
 
-TABLES = ("rounds.parquet", "clients.parquet", "model.safetensors")
 COMMANDS = ("run", "validate", "list", "describe", "report", "bench", "compare")
 
 
@@ -76,11 +78,6 @@ def wordy_file(tmp_path: Path) -> Path:
     path = tmp_path / "wordy.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """What must be the same for the same seed."""
-    return {name: (directory / name).read_bytes() for name in TABLES}
 
 
 def cut_test(data: Data, config: Config) -> Examples:
@@ -125,11 +122,11 @@ def test_wrong_usage_is_said_in_a_line(cli, arguments):
     assert "Usage" in done.err
 
 
-@pytest.mark.parametrize("what", cli_module.LISTS)
+@pytest.mark.parametrize("what", LISTS)
 def test_lists_name_every_plugin_and_what_it_is(cli, what):
     done = cli("list", what)
     assert done.status == 0
-    kind = cli_module.LISTS[what]
+    kind = LISTS[what]
     for name in plugins.names(kind):
         assert name in done.out
         assert plugins.get(kind, name).summary().split()[0] in done.out
@@ -404,18 +401,7 @@ def test_the_manifest_says_what_ran(finished):
 def test_the_summary(finished):
     summary = json.loads((finished.directory / "summary.json").read_text())
     assert summary == finished.summary
-    assert set(summary) == {
-        "t0",
-        "lifespan",
-        "half_life",
-        "area",
-        "asr_at",
-        "time_to_inject",
-        "final",
-        "stealth",
-        "detection",
-        "floor",
-    }
+    assert set(summary) == SUMMARY_KEYS
     assert summary["t0"] == 4
     assert summary["floor"] == "clean twin"
     assert summary["time_to_inject"]["0.75"] == 1
@@ -733,7 +719,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(cli, tiny_file, tmp_path
 
 @pytest.mark.slow
 def test_the_module_is_the_command(tmp_path, tiny):
-    """One process each of: done, run failed, bad input."""
+    """One process each of: done, run failed, bad input; side by side, for most of their time they import."""
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text(yaml.safe_dump(tiny))
     bad.write_text("trainning: {}\n")
@@ -742,14 +728,18 @@ def test_the_module_is_the_command(tmp_path, tiny):
         "@register('mine')\nclass Mine(Attack):\n    '''Fails.'''\n\n"
         "    def train(self, context):\n        raise ValueError('my own mistake')\n"
     )
-    done = process("run", good, "--out", "run", cwd=tmp_path)
+    commands = [
+        ("run", good, "--out", "run"),
+        ("run", good, "--out", "failed", "plugins=[mine.py]", "attack=mine"),
+        ("run", bad),
+    ]
+    with ThreadPoolExecutor() as threads:
+        done, failed, wrong = threads.map(lambda command: process(*command, cwd=tmp_path), commands)
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "run" / "summary.json").exists()
-    failed = process("run", good, "--out", "failed", "plugins=[mine.py]", "attack=mine", cwd=tmp_path)
     assert failed.returncode == 1
     assert "my own mistake" in failed.stderr
     assert "round 3, client" in failed.stderr
-    wrong = process("run", bad, cwd=tmp_path)
     assert wrong.returncode == 2
     assert "did you mean 'training'" in wrong.stderr
     assert "Traceback" not in wrong.stderr
@@ -768,8 +758,8 @@ def record(
 
 def test_a_terminal_gets_a_live_display(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(cli_module, "out", Console(file=screen, force_terminal=True, width=160))
-    with cli_module._display(load_config({})) as progress:
+    console = Console(file=screen, force_terminal=True, width=160)
+    with display(console, load_config({})) as progress:
         progress.begin("attack", 3, 1)
         progress.say("something [odd]")
         progress.client()
@@ -782,10 +772,10 @@ def test_a_terminal_gets_a_live_display(monkeypatch):
 
 def test_a_log_gets_lines(monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(cli_module, "out", Console(file=screen, width=160))
+    console = Console(file=screen, width=160)
     clock = iter(range(0, 10_000, 4))
-    monkeypatch.setattr("fedsim.cli.time.monotonic", lambda: float(next(clock)))
-    with cli_module._display(load_config({})) as progress:
+    monkeypatch.setattr("fedsim.cli.display.time.monotonic", lambda: float(next(clock)))
+    with display(console, load_config({})) as progress:
         progress.begin("attack", 100, 0)
         for number in range(1, 101):
             progress.client()
@@ -802,8 +792,8 @@ def test_a_log_gets_lines(monkeypatch):
 @pytest.mark.parametrize("perplexity", [None, 348.3, 2e7])
 def test_a_terminal_of_eighty_columns_has_room_for_all_of_it(monkeypatch, what, perplexity):
     screen = io.StringIO()
-    monkeypatch.setattr(cli_module, "out", Console(file=screen, force_terminal=True, width=80))
-    with cli_module._display(load_config({})) as progress:
+    console = Console(file=screen, force_terminal=True, width=80)
+    with display(console, load_config({})) as progress:
         progress.begin(what, 2000, 0)
         progress.round(record(1200, malicious=True, perplexity=perplexity))
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
@@ -816,4 +806,23 @@ def test_a_terminal_of_eighty_columns_has_room_for_all_of_it(monkeypatch, what, 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (61.9, "1:01"), (3600, "1:00:00"), (7325, "2:02:05")])
 def test_the_clock(seconds, text):
-    assert cli_module._clock(seconds) == text
+    assert words.clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("command", "argument"),
+    [("run", "A YAML file, or the name"), ("report", "directories that hold"), ("list", "attacks, defenses, triggers")],
+)
+def test_the_help_says_what_the_arguments_are(cli, command, argument):
+    """Click 8.5 sets back what typer has put there."""
+    text = " ".join(re.sub(r"[│\s]+", " ", cli(command, "--help").out).split())
+    assert argument in text.partition("Arguments")[2].partition("Options")[0]
+
+
+def test_the_help_keeps_examples_and_fills_paragraphs(cli, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = [line.rstrip() for line in cli("bench", "--help").out.splitlines()]
+    assert "   fedsim bench quick --dry-run" in lines
+    assert "     defense:                     # LABEL: value" in lines
+    start = next(i for i, line in enumerate(lines) if "Stopped or killed" in line)
+    assert all(len(line) > 80 for line in lines[start : start + 3]), "no line ends early"

@@ -19,6 +19,7 @@ from fedsim.config import Config, build, config_directory, find, load_config, re
 from fedsim.errors import ConfigError
 from fedsim.federation.schedule import plan, plan_problems
 from fedsim.tasks.sources import ParquetDirectory
+from tests.support.malformed import paths
 
 Write = Callable[[str, str], Path]
 
@@ -741,15 +742,6 @@ ODD = st.one_of(
     st.sampled_from([{"name": name} for name in ("edge_case", "semantic", "hub", "bulyan", "flower", "pool", "rfa")]),
     st.sampled_from([b"bytes", object, {1, 2}, (1, 2), 1j]),
 )
-
-
-def paths(value: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where every value of nested containers lies."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = [prefix] if prefix else []
-    for key, item in items:
-        found += paths(item, (*prefix, key))
-    return found
 
 
 @st.composite

@@ -15,19 +15,18 @@ import pytest
 import ray
 import torch
 
-from fedsim import plugins
 from fedsim.config import load_config
 from fedsim.experiment import Silent, run
-from fedsim.federation.ray_grid import RayGrid, Resources, start_ray
-from fedsim.federation.strategy import RoundRecord
+from fedsim.federation.ray_grid import RayGrid
+from fedsim.federation.records import RoundRecord
+from tests.support.runs import RESULTS, STATEFUL, contents, differing, forgotten
 
 pytestmark = pytest.mark.slow
 
-PLUGINS = Path(__file__).with_name("stateful_plugins.py")
 CONFIG: dict[str, Any] = {
     "name": "repeated",
     "seed": 11,
-    "plugins": [str(PLUGINS)],
+    "plugins": [str(STATEFUL)],
     "task": {"data": "digits", "model": "test_dropout", "train_examples": 300, "test_examples": 100},
     "federation": {
         "clients": 12,
@@ -56,15 +55,6 @@ CONFIG: dict[str, Any] = {
     "engine": {"name": "serial"},
     "output": {"report": False},
 }
-FILES = ("rounds.parquet", "clients.parquet", "model.safetensors", "summary.json")
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {name: (directory / name).read_bytes() for name in FILES}
-
-
-def differing(directory: Path, wanted: dict[str, bytes]) -> list[str]:
-    return [name for name, made in contents(directory).items() if made != wanted[name]]
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +69,12 @@ def serial(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, bytes
     """The run in this process."""
     directory = tmp_path_factory.mktemp("serial") / "run"
     torch.manual_seed(1)
-    finished = run(load_config(CONFIG), out=directory)
-    statuses = set(finished.clients["status"])
-    assert {"ok", "dropped", "straggler"} <= statuses, "the run shows what it should"
-    assert int(finished.clients["malicious"].sum()) > 2
-    yield contents(directory)
-    for kind in plugins._registry.values():
-        for name in [name for name in kind if name.startswith("test_")]:
-            del kind[name]
-    plugins._loaded.discard(str(PLUGINS))
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One Ray cluster for the runs of this module: they use it and leave it."""
-    assert start_ray(Resources(workers=2))
-    yield
-    ray.shutdown()
+    with forgotten(STATEFUL):
+        finished = run(load_config(CONFIG), out=directory)
+        statuses = set(finished.clients["status"])
+        assert {"ok", "dropped", "straggler"} <= statuses, "the run shows what it should"
+        assert int(finished.clients["malicious"].sum()) > 2
+        yield contents(directory, RESULTS)
 
 
 def test_the_global_seed_and_the_threads_of_the_caller_do_not_matter(serial: dict[str, bytes], tmp_path: Path) -> None:
@@ -166,4 +145,4 @@ def test_a_worker_killed_on_the_way_changes_nothing(
 
 def test_the_seed_matters(serial: dict[str, bytes], tmp_path: Path) -> None:
     run(load_config(CONFIG, {"seed": 12}), out=tmp_path / "run")
-    assert differing(tmp_path / "run", serial) == list(FILES)
+    assert differing(tmp_path / "run", serial) == list(RESULTS)

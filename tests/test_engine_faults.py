@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +16,7 @@ import ray
 from fedsim.config import load_config
 from fedsim.errors import RunError
 from fedsim.experiment import Silent, run
+from tests.support.processes import Started, living, rounds_in, wait, workers
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,7 +26,7 @@ pytestmark = [
 CONFIG: dict[str, Any] = {
     "name": "accident",
     "task": {"data": "digits", "model": "logistic", "train_examples": 200, "test_examples": 50},
-    "federation": {"clients": 8, "clients_per_round": 4, "rounds": 100_000, "partition": "iid"},
+    "federation": {"clients": 8, "clients_per_round": 4, "rounds": 5_000, "partition": "iid"},
     "training": {"local_epochs": 1},
     "attack": {"name": "data_poisoning", "trigger": {"name": "patch", "size": 2}},
     "engine": {"name": "ray", "workers": 2},
@@ -37,73 +34,17 @@ CONFIG: dict[str, Any] = {
 }
 
 
-def marked(mark: str) -> dict[int, str]:
-    """The living processes that were started, directly or not, with ``mark`` in their environment ("": by us)."""
-    found = {}
-    sign = f"FEDSIM_TEST_MARK={mark}" if mark else f"PYTEST_CURRENT_TEST={os.environ['PYTEST_CURRENT_TEST']}"
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if sign.encode() in (entry / "environ").read_bytes():
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
-            except OSError:
-                continue  # gone meanwhile, or not ours
-    return found
-
-
-def workers(mark: str) -> list[int]:
-    return [pid for pid, command in marked(mark).items() if "ray::_Worker" in command]
-
-
-def wait(condition: Any, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-class Started:
-    """``fedsim run`` in a process group of its own, as a shell starts it."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory / "run"
-        config = directory / "accident.yaml"
-        config.write_text(json.dumps(CONFIG))
-        self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [
-                *("env", "--default-signal=INT"),  # a shell that runs the suite in the background has it ignored
-                *(sys.executable, "-m", "fedsim", "run", str(config), "--out", str(self.directory)),
-            ],
-            env={**os.environ, "FEDSIM_TEST_MARK": self.mark},
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def rounds(self) -> int:
-        try:
-            return (self.directory / "journal.jsonl").read_bytes().count(b"\n")
-        except OSError:
-            return 0
-
-    def until_round(self, number: int) -> None:
-        assert wait(lambda: self.rounds() >= number or self.process.poll() is not None, 90), "it takes too long"
-        assert self.process.poll() is None, self.process.communicate()[0]
-
-    def clean_up(self) -> None:
-        for pid in marked(self.mark):
-            os.kill(pid, signal.SIGKILL)
+def ours() -> str:
+    """What processes that this test started itself have in their environment."""
+    return f"PYTEST_CURRENT_TEST={os.environ['PYTEST_CURRENT_TEST']}"
 
 
 @pytest.fixture
-def started(tmp_path: Path) -> Iterator[Started]:
-    made = Started(tmp_path)
-    yield made
-    made.clean_up()
+def started(start: Callable[..., Started], tmp_path: Path) -> Started:
+    """The run above, at work in ``tmp_path / "run"``."""
+    config = tmp_path / "accident.yaml"
+    config.write_text(json.dumps(CONFIG))
+    return start("run", config, "--out", tmp_path / "run")
 
 
 def shorter(rounds: int) -> Any:
@@ -112,33 +53,29 @@ def shorter(rounds: int) -> Any:
 
 
 def test_ctrl_c_stops_everything_and_the_run_goes_on_later(started: Started, tmp_path: Path) -> None:
-    started.until_round(3)
-    assert len(workers(started.mark)) == 2, marked(started.mark)
-    os.killpg(started.process.pid, signal.SIGINT)  # a terminal sends it to the whole group
-    output, _ = started.process.communicate(timeout=60)
-    assert started.process.returncode == 130, output
-    assert "interrupted; continue with" in output
-    assert "Traceback" not in output
-    assert wait(lambda: not marked(started.mark), 15), marked(started.mark)
+    directory = tmp_path / "run"
+    started.until(lambda: rounds_in(directory) >= 3)
+    assert len(workers(started.sign)) == 2, living(started.sign)
+    assert "interrupted; continue with" in started.interrupt()
+    assert wait(lambda: not living(started.sign), 15), living(started.sign)
 
-    manifest = json.loads((started.directory / "manifest.json").read_text())
+    manifest = json.loads((directory / "manifest.json").read_text())
     assert manifest["status"] == "interrupted"
-    rounds = pd.read_parquet(started.directory / "rounds.parquet")
+    rounds = pd.read_parquet(directory / "rounds.parquet")
     played = len(rounds)
     assert rounds["round"].tolist() == list(range(1, played + 1))
-    assert not (started.directory / ".lock").exists()
+    assert not (directory / ".lock").exists()
     reference = run(shorter(played), out=tmp_path / "reference")
     assert rounds.equals(reference.rounds), "rounds on disk are whole"
-    assert pd.read_parquet(started.directory / "clients.parquet").equals(reference.clients)
+    assert pd.read_parquet(directory / "clients.parquet").equals(reference.clients)
 
 
-def test_killing_the_run_itself_leaves_no_worker(started: Started) -> None:
+def test_killing_the_run_itself_leaves_no_worker(started: Started, tmp_path: Path) -> None:
     """Nor Ray's servers."""
-    started.until_round(1)
-    assert len(workers(started.mark)) == 2
-    started.process.kill()
-    started.process.wait(20)
-    assert wait(lambda: all("Agent" in name for name in marked(started.mark).values()), 30), marked(started.mark)
+    started.until(lambda: rounds_in(tmp_path / "run") >= 1)
+    assert len(workers(started.sign)) == 2
+    started.kill(group=False)
+    assert wait(lambda: all("Agent" in name for name in living(started.sign).values()), 30), living(started.sign)
     # two agents of Ray's own notice after a minute that their node is gone, and leave
 
 
@@ -147,14 +84,14 @@ def test_a_run_that_fails_stops_the_ray_it_started(tmp_path: Path) -> None:
         seen: ClassVar[list[int]] = []
 
         def client(self) -> None:
-            self.seen += workers("")
+            self.seen += workers(ours())
             raise RunError("enough")
 
     with pytest.raises(RunError, match="enough"):
         run(load_config(CONFIG), out=tmp_path / "run", progress=Failing())
     assert len(Failing.seen) == 2
     assert not ray.is_initialized()
-    assert wait(lambda: not workers(""), 15), "a program that goes on has no workers of ours"
+    assert wait(lambda: not workers(ours()), 15), "a program that goes on has no workers of ours"
 
 
 def test_a_cluster_that_is_not_there_fails_in_seconds(tmp_path: Path) -> None:
@@ -169,7 +106,7 @@ def test_a_cluster_that_is_not_there_fails_in_seconds(tmp_path: Path) -> None:
 
 
 SLEEPER = '''
-"""An attack whose client never ends in round 2."""
+"""An attack whose client never ends in round 1."""
 import time
 
 from fedsim.attack import Attack
@@ -178,12 +115,12 @@ from fedsim.plugins import register
 
 @register("sleeper")
 class Sleeper(Attack):
-    """Sleeps through round 2."""
+    """Sleeps through round 1."""
 
     paper = "a test, not published"
 
     def train(self, context):
-        if context.round == 2:
+        if context.round == 1:
             time.sleep(3600)
         super().train(context)
 '''
@@ -194,7 +131,7 @@ def test_a_client_that_hangs_is_recorded_and_the_run_goes_on(tmp_path: Path) -> 
     config = load_config(
         CONFIG,
         {
-            "federation.rounds": 3,
+            "federation.rounds": 2,
             "plugins": [str(tmp_path / "sleeper.py")],
             "attack.name": "sleeper",
             "engine.client_timeout": 8.0,  # a fresh worker needs some of it to warm up
@@ -208,8 +145,8 @@ def test_a_client_that_hangs_is_recorded_and_the_run_goes_on(tmp_path: Path) -> 
 
     finished = run(config, out=tmp_path / "run", progress=Listening())
     failed = finished.clients[finished.clients["status"] == "failed"]
-    assert failed[["round", "malicious"]].values.tolist() == [[2, True]]
+    assert failed[["round", "malicious"]].values.tolist() == [[1, True]]
     assert failed["reason"].iloc[0] == "no reply within 8 s (engine.client_timeout)"
-    assert any("round 2: client" in line and "failed" in line for line in lines)
-    assert finished.rounds["round"].tolist() == [1, 2, 3]
-    assert wait(lambda: not workers(""), 15), "the one that slept is gone, too"
+    assert any("round 1: client" in line and "failed" in line for line in lines)
+    assert finished.rounds["round"].tolist() == [1, 2]
+    assert wait(lambda: not workers(ours()), 15), "the one that slept is gone, too"

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from fedsim.config import load_config
-from fedsim.recording.manifest import portable
+from fedsim.recording.portable import portable
 
 pytestmark = pytest.mark.usefixtures("own_registry")
 
@@ -189,7 +189,7 @@ def test_a_run_that_failed_names_nobody(cli: Cli, home: Path) -> None:
 
 def test_results_of_many_runs_name_nobody(cli: Cli, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsim.report.grid.pictures", lambda part: [])  # figures take most of the time
-    monkeypatch.setattr("fedsim.report.grid.grid_figures.save", lambda *_: None)
+    monkeypatch.setattr("fedsim.report.grid.grid_panels.save", lambda *_: None)
     monkeypatch.setattr("fedsim.report.grid._write_pages", lambda frame: None)
     write_plugin(home)
     (home / "other data").mkdir()
@@ -216,6 +216,7 @@ def test_results_of_many_runs_name_nobody(cli: Cli, home: Path, monkeypatch: pyt
         ("C:\\Users\\alice\\x.png", "…/x.png"),
         ("hf:/home/alice/tokenizer", "hf:…/tokenizer"),
         ("file:///home/alice/x", "…/x"),
+        ("path: '/home/alice/x.pt', other: a/b/c", "path: '…/x.pt', other: a/b/c"),
         ("no file in '/home/alice/my data' matches '*'", "no file in '…/my data' matches '*'"),
         ('File "/home/alice/x.py", line 3', 'File "…/x.py", line 3'),
         ("cannot read (/home/alice/x): denied", "cannot read (…/x): denied"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -16,18 +15,12 @@ import yaml
 
 from fedsim import plugins
 from fedsim.defense import Defense
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.support.places import ROOT, script
 
 
 @pytest.fixture(scope="module")
 def methods() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("methods_page", ROOT / "benchmarks" / "methods.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/methods.py")
 
 
 def test_every_method_has_a_row(methods: ModuleType) -> None:

@@ -15,19 +15,18 @@ from typing import Any
 
 import pytest
 
-from fedsim import plugins
 from fedsim.config import load_config
 from fedsim.errors import InputError, RunError
 from fedsim.experiment import Run, Silent, run
-from fedsim.federation.strategy import RoundRecord
+from fedsim.federation.records import RoundRecord
+from tests.support.runs import RESULTS, STATEFUL, contents, differing, forgotten
 
 pytestmark = pytest.mark.slow
 
-PLUGINS = Path(__file__).with_name("stateful_plugins.py")
 CONFIG: dict[str, Any] = {
     "name": "resumed",
     "seed": 4,
-    "plugins": [str(PLUGINS)],
+    "plugins": [str(STATEFUL)],
     "task": {"data": "digits", "model": "test_dropout", "train_examples": 160, "test_examples": 60},
     "federation": {
         "clients": 8,
@@ -187,11 +186,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture(autouse=True, scope="module")
 def registry() -> Iterator[None]:
     """Other tests do not meet this module's plugins."""
-    yield
-    for kind in plugins._registry.values():
-        for name in [name for name in kind if name.startswith("test_")]:
-            del kind[name]
-    plugins._loaded.discard(str(PLUGINS))
+    with forgotten(STATEFUL):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +198,7 @@ def whole(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def contents(directory: Path) -> dict[str, bytes]:
+def everything(directory: Path) -> dict[str, bytes]:
     """Every file by name; of those that hold times, only that they are there."""
     return {
         str(path.relative_to(directory)): b""
@@ -214,7 +210,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def assert_same(directory: Path, whole: Path) -> None:
-    made, wanted = contents(directory), contents(whole)
+    made, wanted = everything(directory), everything(whole)
     assert sorted(made) == sorted(wanted)
     assert [name for name in made if made[name] != wanted[name]] == []
 
@@ -231,7 +227,7 @@ def test_a_whole_run_has_what_the_tests_look_at(whole: Path) -> None:
         "twin/clients.parquet",
         "checkpoints/round-000006.safetensors",
         "twin/checkpoints/round-000004.json",
-    } <= set(contents(whole))
+    } <= set(everything(whole))
     state = json.loads(json.loads((whole / "checkpoints" / "round-000006.json").read_text())["state"])
     assert state["attack"]["history"]["rounds"] == [2, 3, 5]
     assert len(state["defense"][1]["clients"]) == 8
@@ -288,7 +284,7 @@ def test_killed_again_and_again(server: Server, whole: Path, tmp_path: Path) -> 
             break
         deaths += 1
     assert deaths >= 3
-    made, wanted = contents(tmp_path / "run"), contents(whole)
+    made, wanted = everything(tmp_path / "run"), everything(whole)
     # how often checkpoints are written is not part of the result; config.yaml says how often that was
     tables = [name for name in wanted if "checkpoints" not in name and name != "config.yaml"]
     assert [name for name in tables if made.get(name) != wanted[name]] == []
@@ -341,8 +337,7 @@ def test_a_run_killed_before_its_last_file_is_ended(whole: Path, tmp_path: Path)
     run(load_config(CONFIG, {"output.report": True}), out=tmp_path / "run", resume=True)
     assert (tmp_path / "run" / "report.html").is_file()
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "finished"
-    for name in ("rounds.parquet", "clients.parquet", "model.safetensors", "summary.json"):
-        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+    assert differing(tmp_path / "run", contents(whole, RESULTS)) == []
 
 
 def test_a_complete_run_is_returned_as_it_is(whole: Path) -> None:
@@ -379,7 +374,7 @@ def test_what_does_not_change_a_result_may_change(server: Server, whole: Path, t
         resume=True,
         overrides={"name": "other", "evaluation.twin": True, "output.checkpoint_every": 1, "engine.retries": 5},
     )
-    made, wanted = contents(tmp_path / "run"), contents(whole)
+    made, wanted = everything(tmp_path / "run"), everything(whole)
     tables = ("rounds.parquet", "clients.parquet", "model.safetensors", "twin/rounds.parquet", "summary.json")
     assert [name for name in tables if made[name] != wanted[name]] == []
 

@@ -256,3 +256,10 @@ def test_every_schedule_says_what_is_impossible(name):
     if name != "pool":
         assert cls.problems(cls.Parameters(**possible, attackers=4), config)
         assert cls.problems(cls.Parameters(**possible, attackers=3), config) == []
+
+
+@pytest.mark.parametrize("name", [name for name in plugins.names("schedule") if name != "single_shot"])
+def test_a_window_that_is_wrong_at_both_ends_has_two_problems(name):
+    cls = plugins.get("schedule", name)
+    found = cls.problems(cls.Parameters(start=50, stop=40), configured(None, rounds=30))
+    assert [problem.path for problem in found] == ["stop", "start"]

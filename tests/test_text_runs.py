@@ -18,6 +18,8 @@ from fedsim.config import load_config
 from fedsim.errors import InputError
 from fedsim.experiment import Run, run
 from fedsim.vocabulary import Vocabulary
+from tests.support.defenses import REQUIRED
+from tests.support.runs import RESULTS, contents, differing
 
 GOOD, BAD = ("kind", "warm", "bright", "sweet"), ("dull", "cold", "bleak", "bitter")
 PLACES = ("rome", "oslo", "lima")
@@ -99,17 +101,14 @@ def played(request, folder, tmp_path_factory) -> tuple[dict[str, Any], Run]:
     return raw, run(load_config(raw), out=tmp_path_factory.mktemp(request.param) / "run", twin=True)
 
 
-FILES = ("rounds.parquet", "clients.parquet", "model.safetensors", "summary.json", "vocabulary.json")
-
-
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ray_workers_make_the_same_bytes(played, workers, tmp_path):
     raw, serial = played
     raw = {**copy.deepcopy(raw), "engine": {"name": "ray", "workers": workers}}
     again = run(load_config(raw), out=tmp_path / "run", twin=True)
-    for name in FILES:
-        assert (again.directory / name).read_bytes() == (serial.directory / name).read_bytes(), name
+    assert differing(again.directory, contents(serial.directory, (*RESULTS, "vocabulary.json"))) == []
 
 
 def test_a_run_leaves_its_vocabulary_and_says_what_it_learnt_from(played):
@@ -130,11 +129,7 @@ def test_a_run_leaves_its_vocabulary_and_says_what_it_learnt_from(played):
     assert rounds["main_loss"].iloc[0] == finished.twin["main_loss"].iloc[0]
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "flower": {"strategy": "FedMedian"},
-    "trimmed_mean": {"beta": 0.25},
-    "deepsight": {"inputs": 20},
-}
+OPTIONS: dict[str, dict[str, Any]] = {**REQUIRED, "trimmed_mean": {"beta": 0.25}}
 
 
 @pytest.mark.parametrize("task", ["next_word", "sentiment"])
@@ -148,6 +143,7 @@ def test_every_defense_plays(task, defense, folder, tmp_path):
     raw["attack"] |= {"name": "data_poisoning", "trigger": raw["attack"]["trigger"]}
     del raw["attack"]["k"]
     raw["federation"] |= {"rounds": 3, "clients_per_round": USERS}
+    raw["training"] |= {"local_epochs": 1, "batch_size": 6}
     finished = run(load_config(raw), out=tmp_path / "run")
     assert finished.rounds["main_loss"].notna().all()
     assert finished.rounds["main_loss"].iloc[0] != finished.rounds["main_loss"].iloc[1], "it learns"
@@ -177,7 +173,7 @@ def changed(tmp_path) -> Callable[[Callable[[int, str], str]], Path]:
     "text",
     [
         lambda i, line: line + " 🙂 ñandú 東京",
-        lambda i, line: line if i else " ".join(["long"] * 3000),
+        lambda i, line: line if i else " ".join(["long"] * 1000),
         lambda i, line: line if i % 4 else "",
         lambda i, line: "<pad> <eos> " + line,
     ],
@@ -186,6 +182,7 @@ def changed(tmp_path) -> Callable[[Callable[[int, str], str]], Path]:
 @pytest.mark.parametrize("task", ["next_word", "sentiment"])
 def test_odd_texts_are_played(task, text, changed, tmp_path):
     raw = config(task, changed(text))
+    raw["federation"]["rounds"] = 3
     finished = run(load_config(raw), out=tmp_path / "run")
     assert finished.rounds["main_loss"].notna().all()
     assert (finished.clients["status"] == "ok").all()

@@ -16,13 +16,21 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsim.benchmark.grid import Definition, Grid, load_grid
+from fedsim.benchmark.definition import Definition
+from fedsim.benchmark.grid import Grid, file_name, load_grid
 from fedsim.errors import ConfigError, FedsimError, InputError
-from fedsim.experiment import differing
 from fedsim.recording.files import disk_error, write_text
+from fedsim.recording.identity import differing
 
-DEFINITION, LOCK = "bench.yaml", ".lock"
+DEFINITION, ERRORS, LOCK = "bench.yaml", "errors", ".lock"
+_STALE = ".*.tmp"  # what a killed one was about to put in place
 _MOST_NAMED = 5
+
+
+def default_directory(grid: Grid) -> Path:
+    """Where a benchmark goes if nobody says: the same place every time, so that it is gone on with there."""
+    parent = grid.cells[0].config.output.dir if grid.cells else "runs"
+    return Path(parent) / "bench" / file_name(grid.definition.name)
 
 
 @contextlib.contextmanager
@@ -33,13 +41,8 @@ def opened(out: Path, grid: Grid) -> Iterator[None]:
     ------
     InputError: it holds something else, another benchmark, or a benchmark is at work in it.
     """
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give a directory")
-    fresh = not out.exists()
+    _refuse_others(out)
     try:
-        occupied = not fresh and any(p.name != LOCK and not p.match(".*.tmp") for p in out.iterdir())
-        if occupied and not (out / DEFINITION).is_file():
-            raise InputError(f"{out} holds files, but no benchmark; give another --out")
         out.mkdir(parents=True, exist_ok=True)
         handle = (out / LOCK).open("w")
     except OSError as error:
@@ -52,33 +55,54 @@ def opened(out: Path, grid: Grid) -> Iterator[None]:
         except OSError:
             raise InputError(f"another benchmark is at work in {out}; wait for it, or give another --out") from None
         try:
-            for stale in out.glob(".*.tmp"):
+            for stale in out.glob(_STALE):
                 stale.unlink(missing_ok=True)
-            _agree(out, grid)
+            _refuse_another(out, grid)
+            if not (out / DEFINITION).exists() or _written(out) != grid.definition.to_yaml():
+                write_text(out / DEFINITION, grid.definition.to_yaml())
             yield
         finally:
             (out / LOCK).unlink(missing_ok=True)  # while it is held: nobody else's is taken away
 
 
-def _agree(out: Path, grid: Grid) -> None:
-    """Write the definition, or make sure that the one there is the same, or a part of it.
+def check(out: Path, grid: Grid) -> None:
+    """Make sure that the grid can be played in ``out``; nothing is written.
 
     Raises
     ------
-    InputError: it is another benchmark's, with what differs.
+    InputError: it holds something else, or another benchmark.
     """
-    path, text = out / DEFINITION, grid.definition.to_yaml()
-    if path.exists():
-        there = path.read_text(encoding="utf-8", errors="replace")
-        if there == text:
-            return
-        differences = _differences(path, grid)
-        if differences:
-            raise InputError(
-                f"{out} holds another benchmark; only cells may be added. What differs:\n"
-                + "\n".join(f"  {line}" for line in differences)
-            )
-    write_text(path, text)
+    _refuse_others(out)
+    _refuse_another(out, grid)
+
+
+def _refuse_others(out: Path) -> None:
+    """Raises InputError if ``out`` is a file, or holds something and no benchmark."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give a directory")
+    try:
+        occupied = out.exists() and any(p.name != LOCK and not p.match(_STALE) for p in out.iterdir())
+    except OSError as error:
+        raise disk_error(out, error) from error
+    if occupied and not (out / DEFINITION).is_file():
+        raise InputError(f"{out} holds files, but no benchmark; give another --out")
+
+
+def _refuse_another(out: Path, grid: Grid) -> None:
+    """Raises InputError if the benchmark in ``out`` is not the same or a part of this one, with what differs."""
+    path = out / DEFINITION
+    if not path.exists() or _written(out) == grid.definition.to_yaml():
+        return
+    differences = _differences(path, grid)
+    if differences:
+        raise InputError(
+            f"{out} holds another benchmark; only cells may be added. What differs:\n"
+            + "\n".join(f"  {line}" for line in differences)
+        )
+
+
+def _written(out: Path) -> str:
+    return (out / DEFINITION).read_text(encoding="utf-8", errors="replace")
 
 
 def _differences(path: Path, grid: Grid) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,7 +14,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from fedsim.benchmark.running import Job, Watcher
+from fedsim.benchmark.estimate import Estimate
+from fedsim.benchmark.jobs import Job
+from fedsim.benchmark.running import Watcher, counted
+from fedsim.report.words import clock
 
 _LINE_SECONDS = 60.0  # between two lines that say nothing but how far it is
 
@@ -23,47 +27,10 @@ def display(console: Console) -> AbstractContextManager[Watcher]:
     return _Table(console) if console.is_terminal else nullcontext(_Lines(console))
 
 
-class Estimate:
-    """The time left, from the seconds that a round of the same attack has taken so far."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self.jobs = jobs
-
-    def seconds(self) -> float | None:
-        """None while nothing is known."""
-        now = time.monotonic()
-        spent: dict[str, list[float]] = {}
-        for job in self.jobs:
-            if job.kept or job.state not in ("running", "done"):
-                continue
-            took = now - job.started if job.state == "running" else job.seconds
-            if job.round > job.began_at:
-                spent.setdefault(job.kind, []).append(took / (job.round - job.began_at))
-        if not spent:
-            return None
-        rates = {kind: sum(found) / len(found) for kind, found in spent.items()}
-        usual = sum(rates.values()) / len(rates)
-        left = sum(
-            rates.get(job.kind, usual) * (job.rounds - job.round)
-            for job in self.jobs
-            if job.state in ("waiting", "running")
-        )
-        return left / max(1, sum(job.state == "running" for job in self.jobs))
-
-
-def clock(seconds: float | None) -> str:
-    """A duration as 1:02:03, 2:03, or ? where it is not known."""
-    if seconds is None:
-        return "?"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 def outcome(job: Job) -> str:
     """What a run that has ended came to, in a few words."""
     if job.state == "failed":
-        return f"failed: {job.message.strip().partition(chr(10))[0]}"
+        return f"failed: {job.reason.partition(chr(10))[0]}"
     numbers = [
         f"{name} {value:.1%}"
         for name, value in (("main", job.result.get("main_accuracy")), ("ASR", job.result.get("asr")))
@@ -72,7 +39,7 @@ def outcome(job: Job) -> str:
     return "  ".join([*numbers, f"({clock(job.seconds)})"])
 
 
-class _Counts:
+class _Counts(ABC):
     """What both displays count."""
 
     def __init__(self, console: Console) -> None:
@@ -86,11 +53,20 @@ class _Counts:
         kept = sum(job.state == "done" for job in cells)
         twins = sum(job.cell is None and job.state == "waiting" for job in jobs)
         there = f", {kept} of them complete already" if kept else ""
-        more = f"; {twins} clean twin{'s' if twins != 1 else ''} to play first" if twins else ""
-        self.say(f"{len(cells)} cell{'s' if len(cells) != 1 else ''}{there}{more}")
+        more = f"; {counted(twins, 'clean twin')} to play first" if twins else ""
+        self.say(f"{counted(len(cells), 'cell')}{there}{more}")
 
     def say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def changed(self, job: Job) -> None:
+        self.estimate.changed()
+        if job.state in ("done", "failed"):
+            self.tell(job)
+
+    @abstractmethod
+    def tell(self, job: Job) -> None:
+        """Say that a run has ended."""
 
     def ended(self) -> int:
         return sum(job.state in ("done", "failed") for job in self.jobs)
@@ -106,10 +82,9 @@ class _Lines(_Counts):
         super().__init__(console)
         self._said = time.monotonic()
 
-    def changed(self, job: Job) -> None:
-        if job.state in ("done", "failed"):
-            self.say(f"{self.told(job)}  {clock(self.estimate.seconds())} left")
-            self._said = time.monotonic()
+    def tell(self, job: Job) -> None:
+        self.say(f"{self.told(job)}  {clock(self.estimate.seconds())} left")
+        self._said = time.monotonic()
 
     def look(self) -> None:
         if time.monotonic() - self._said < _LINE_SECONDS:
@@ -133,14 +108,15 @@ class _Table(_Counts):
     def __exit__(self, *_: Any) -> None:
         self._live.stop()
 
-    def changed(self, job: Job) -> None:
-        if job.state in ("done", "failed"):
-            style = "red" if job.state == "failed" else ""
-            self.console.print(Text(self.told(job), style=style), soft_wrap=True)
+    def tell(self, job: Job) -> None:
+        style = "red" if job.state == "failed" else ""
+        self.console.print(Text(self.told(job), style=style), soft_wrap=True)
 
     def look(self) -> None: ...
 
     def _rendered(self) -> Group:
+        if not self.jobs:
+            return Group()
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         table.add_column(width=16)

@@ -166,6 +166,26 @@ def _report_unknown(keys: Sequence[Any], known: Sequence[str], path: str, proble
         problems.append(Problem(where, f"unknown key; {hint}allowed here: {', '.join(known) or 'none'}"))
 
 
+def _as_it_is(hint: Any, value: Any) -> bool:
+    """Whether OmegaConf would give back the very value: a plain one of just that type, without an interpolation."""
+    kind = type(value)
+    if kind is str and "${" in value:
+        return False
+    return kind in (bool, int, float, str, type(None)) and kind in (typing.get_args(hint) or (hint,))
+
+
+def _converted(hint: Any, default: Any, value: Any) -> Any:
+    """The value as OmegaConf turns it into the type of the hint.
+
+    Raises
+    ------
+    OmegaConfBaseException: it cannot be.
+    """
+    node = OmegaConf.structured(_leaf(hint)(value=default))
+    OmegaConf.update(node, "value", value)
+    return OmegaConf.to_container(node)["value"]  # type: ignore[index,call-overload]
+
+
 def _leaves(cls: type, raw: Mapping[str, Any], path: str, problems: list[Problem]) -> dict[str, Any]:
     """Values of plain fields, converted and checked for type (by OmegaConf) and range."""
     hints = hints_of(cls)
@@ -174,9 +194,7 @@ def _leaves(cls: type, raw: Mapping[str, Any], path: str, problems: list[Problem
     for name, value in raw.items():
         here, hint = _join(path, name), hints[name]
         try:
-            node = OmegaConf.structured(_leaf(hint)(value=_default_for(by_name[name])))
-            OmegaConf.update(node, "value", value)
-            converted = OmegaConf.to_container(node)["value"]  # type: ignore[index,call-overload]
+            converted = value if _as_it_is(hint, value) else _converted(hint, _default_for(by_name[name]), value)
             if isinstance(converted, bool) and not isinstance(value, (bool, str)):
                 raise OmegaConfBaseException  # to OmegaConf 7 is true
             if isinstance(converted, list) and any(isinstance(item, (list, dict)) for item in converted):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -85,18 +86,12 @@ class ClientRuntime:
         attack, t = self.config.attack, self.config.training
         assert attack is not None
         own = self.settings(round)
-        return LocalSettings(
+        says_how_long = attack.local_epochs is not None or attack.local_steps is not None
+        return replace(
+            own,
             lr=learning_rate(t.lr if attack.lr is None else attack.lr, t.lr_decay, round),
             epochs=own.epochs if attack.local_epochs is None else attack.local_epochs,
-            batch_size=own.batch_size,
-            momentum=own.momentum,
-            weight_decay=own.weight_decay,
-            steps=attack.local_steps
-            if attack.local_steps is not None or attack.local_epochs is not None
-            else own.steps,
-            lr_decay=own.lr_decay,
-            amp=own.amp,
-            channels_last=own.channels_last,
+            steps=attack.local_steps if says_how_long else own.steps,
         )
 
     def batches(self, client: int, generator: torch.Generator) -> Callable[[], Iterator[Batch]]:

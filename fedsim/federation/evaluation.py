@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fedsim.batch import Batch, Examples, State, outputs_of
 from fedsim.data import Data
-from fedsim.defense import Defense, HeldOut, Server, prefixes
+from fedsim.defense import Defense, HeldOut, Server
 from fedsim.layout import FlatModel
+from fedsim.pipeline import prefixes
 from fedsim.tasks.base import Task
 from fedsim.trigger import Trigger
 

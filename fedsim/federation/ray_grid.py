@@ -8,14 +8,10 @@ stops and can be resumed.
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import math
 import os
-import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,34 +23,13 @@ from flwr.common.constant import ErrorCode
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
 
 from fedsim.errors import RunError
+from fedsim.federation.cluster import Resources, room_on_gpus, start_ray
 from fedsim.federation.grids import RUN_ID, LocalGrid, call
 from fedsim.federation.messages import identify
 
-WORKER_ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",  # one thread a worker: more only fight each other
-    "MKL_NUM_THREADS": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 _CALLS_AHEAD = 2  # calls queued at a worker, so that it never waits for the driver
 _LEAST_CALL_SECONDS = 0.01  # clients shorter than this share a call
-_KNOCK_SECONDS = 10.0  # for a running cluster to answer
 _START_SECONDS = 120.0  # for a worker to start: it loads torch, and the cluster may have to find room for it
-
-
-@dataclass(frozen=True)
-class Resources:
-    """workers: processes. cpus, gpus: what one reserves. address: of a running cluster, None to start one.
-
-    retries: times a client is played again after its worker died. timeout: seconds a client may take, or None.
-    """
-
-    workers: int
-    cpus: float = 1.0
-    gpus: float = 0.0
-    address: str | None = None
-    retries: int = 2
-    timeout: float | None = None
 
 
 class _Worker:
@@ -81,7 +56,7 @@ class _Worker:
         return replies
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     """Messages that travel to a worker together; ``alone`` after one of them may have killed a worker."""
 
@@ -90,70 +65,32 @@ class _Call:
     alone: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Slot:
     """A worker and what is queued at it.
 
     since: when the first of its calls became the first. starting: its start, until that has been seen.
-    late: the call that took too long, of a worker that is being replaced for it.
     """
 
     actor: Any
     calls: list[_Call] = field(default_factory=list)
     since: float = 0.0
     starting: Any = None
-    late: _Call | None = None
 
 
-def start_ray(resources: Resources) -> bool:
-    """Connect to the cluster, or start one on this machine; True if it is ours to stop.
+@dataclass
+class _Round:
+    """The messages of one round on their way.
 
-    Raises
-    ------
-    RunError: it cannot be reached or started.
+    shared: the array records that several messages carry, in the object store. places: by message id, which of them
+    stands where in the message. running: calls at workers, by their result to come. replies: by message id.
     """
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-    }
-    try:
-        if resources.address is not None:
-            _knock(resources.address)
-            ray.init(address=resources.address, runtime_env={"env_vars": WORKER_ENVIRONMENT}, **common)
-        else:
-            cores = max(1, math.ceil(resources.workers * resources.cpus))
-            with _environment(WORKER_ENVIRONMENT):  # inherited; an environment of their own costs a second
-                ray.init(num_cpus=cores, include_dashboard=False, **common)
-    except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-        raise RunError(f"Ray cannot be started: {' '.join(str(error).split())}") from error
-    return True
 
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Environment variables for the processes started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _knock(address: str) -> None:
-    """Raise OSError at once where nobody listens at host:port; Ray itself would try for minutes."""
-    host, _, port = address.rpartition("://")[2].rpartition(":")
-    if port.isdigit():
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_SECONDS):
-            pass
+    shared: list[Any]
+    places: dict[str, dict[str, int]]
+    waiting: deque[_Call]
+    running: dict[Any, tuple[_Slot, _Call]] = field(default_factory=dict)
+    replies: dict[str, Message] = field(default_factory=dict)
 
 
 class RayGrid(LocalGrid):
@@ -201,14 +138,23 @@ class RayGrid(LocalGrid):
 
     def _check_room(self) -> None:
         """Raise RunError where the cluster can never hold the workers."""
-        need = self.resources.workers * self.resources.cpus
-        there = float(ray.cluster_resources().get("CPU", 0.0))
-        if need > there:
-            self.close()
-            raise RunError(
-                f"{self.resources.workers} workers of {self.resources.cpus:g} cores need {need:g}; the Ray cluster has "
-                f"{there:g}: lower engine.workers or engine.cpus_per_worker"
+        r, there = self.resources, ray.cluster_resources()
+        cores, gpus, refused = float(there.get("CPU", 0.0)), float(there.get("GPU", 0.0)), ""
+        if r.workers * r.cpus > cores:
+            refused = (
+                f"{r.workers} workers of {r.cpus:g} cores need {r.workers * r.cpus:g}; the Ray cluster has "
+                f"{cores:g}: lower engine.workers or engine.cpus_per_worker"
             )
+        elif r.gpus > 1 and not r.gpus.is_integer():
+            refused = f"engine.gpus_per_worker is {r.gpus:g}; write a share of one GPU, or a whole number of them"
+        elif r.gpus > 0 and r.workers > room_on_gpus(gpus, r.gpus):
+            refused = (
+                f"{r.workers} workers of {r.gpus:g} GPUs do not fit; the Ray cluster has {gpus:g}: "
+                f"lower engine.workers or engine.gpus_per_worker"
+            )
+        if refused:
+            self.close()
+            raise RunError(refused)
 
     def _spawn(self) -> Any:
         remote = ray.remote(num_cpus=self.resources.cpus, num_gpus=self.resources.gpus, max_restarts=0)(_Worker)
@@ -223,66 +169,12 @@ class RayGrid(LocalGrid):
         if not messages:
             return []
         shared, places = self._share(messages)
-        order = {message.metadata.message_id: i for i, message in enumerate(messages)}
-        replies: list[Message | None] = [None] * len(messages)
-        waiting = deque(self._calls(messages))
-        running: dict[Any, tuple[_Slot, _Call]] = {}
-
-        def hand_out() -> None:
-            while waiting:
-                free = [slot for slot in self._slots if self._takes(slot, waiting[0])]
-                if not free:
-                    return
-                slot, work = min(free, key=lambda s: len(s.calls)), waiting.popleft()
-                payload = [(m, places[m.metadata.message_id]) for m in work.messages]
-                if not slot.calls:
-                    slot.since = time.monotonic()
-                slot.calls.append(work)
-                running[slot.actor.answer.remote(payload, *shared)] = (slot, work)
-
-        def lose(slot: _Slot) -> list[_Call]:
-            """Replace the worker; the calls that were queued at it."""
-            lost = [running.pop(ref)[1] for ref in [ref for ref, (other, _) in running.items() if other is slot]]
-            self._replace(slot)
-            return lost
-
-        hand_out()
-        while running or waiting:
-            starting = {slot.starting: slot for slot in self._slots if slot.starting is not None}
-            pending = [*running, *starting]
-            done, _ = ray.wait(pending, num_returns=1, timeout=self._patience()) if pending else ([], [])
-            if not done:
-                for slot in self._overdue():
-                    for call_ in lose(slot):
-                        if call_ is slot.late and len(call_.messages) == 1:
-                            self._give_up(call_.messages[0], self._too_late(), replies, order)
-                        else:
-                            waiting.extend(_Call([m], call_.tries, alone=True) for m in call_.messages)
-                self._drop_slots_without_room()
-                hand_out()
-                continue
-            if done[0] in starting:
-                self._started(starting[done[0]])
-                hand_out()
-                continue
-            slot, work = running.pop(done[0])
-            slot.calls.remove(work)
-            slot.since = time.monotonic()
-            try:
-                answers = ray.get(done[0])
-            except (RayActorError, OutOfMemoryError) as error:
-                for call_ in [work, *lose(slot)]:
-                    self._again(call_, str(error), waiting, replies, order)
-            except RayError as error:
-                raise RunError(f"a Ray worker failed: {' '.join(str(error).split())}") from error
-            else:
-                for message, (reply, seconds) in zip(work.messages, answers, strict=True):
-                    replies[order[message.metadata.message_id]] = reply
-                    self._learn(message, seconds)
-                    if self.on_reply is not None:
-                        self.on_reply()
-            hand_out()
-        return [reply for reply in replies if reply is not None]
+        round = _Round(shared, places, deque(self._calls(messages)))
+        self._hand_out(round)
+        while round.running or round.waiting:
+            self._wait(round)
+            self._hand_out(round)
+        return [round.replies[message.metadata.message_id] for message in messages]
 
     def close(self) -> None:
         if not ray.is_initialized():
@@ -293,14 +185,14 @@ class RayGrid(LocalGrid):
         if self._ours:
             ray.shutdown()
 
-    # --------------------------------------------------------------------------------------------- inside
+    # ------------------------------------------------------------------------------------- into the workers
 
     def _share(self, messages: list[Message]) -> tuple[list[Any], dict[str, dict[str, int]]]:
         """Put array records that several messages carry into the object store, once; take them off the messages."""
         seen: dict[int, list[tuple[Message, str]]] = {}
         for message in messages:
             for name, record in message.content.items():
-                if isinstance(record, ArrayRecord):
+                if isinstance(record, ArrayRecord) and record:
                     seen.setdefault(id(record), []).append((message, name))
         shared: list[Any] = []
         places: dict[str, dict[str, int]] = {m.metadata.message_id: {} for m in messages}
@@ -353,14 +245,94 @@ class RayGrid(LocalGrid):
             return False
         return not slot.calls if work.alone else len(slot.calls) < _CALLS_AHEAD
 
-    def _replace(self, slot: _Slot) -> None:
+    def _hand_out(self, round: _Round) -> None:
+        """Give the waiting calls to workers, as far as these take any."""
+        while round.waiting:
+            free = [slot for slot in self._slots if self._takes(slot, round.waiting[0])]
+            if not free:
+                return
+            slot, work = min(free, key=lambda s: len(s.calls)), round.waiting.popleft()
+            payload = [(m, round.places[m.metadata.message_id]) for m in work.messages]
+            if not slot.calls:
+                slot.since = time.monotonic()
+            slot.calls.append(work)
+            round.running[slot.actor.answer.remote(payload, *round.shared)] = (slot, work)
+
+    # -------------------------------------------------------------------------------------- and out of them
+
+    def _wait(self, round: _Round) -> None:
+        """Wait for a call's end, a worker's start or the end of somebody's time, and do what follows from it."""
+        starting = {slot.starting: slot for slot in self._slots if slot.starting is not None}
+        pending = [*round.running, *starting]
+        done, _ = ray.wait(pending, num_returns=1, timeout=self._patience()) if pending else ([], [])
+        if not done:
+            self._stop_overdue(round)
+            self._drop_slots_without_room()
+        elif done[0] in starting:
+            self._started(starting[done[0]])
+        else:
+            self._take(done[0], round)
+
+    def _take(self, result: Any, round: _Round) -> None:
+        """Take the answers of a call that has ended, or what its worker died of.
+
+        Raises
+        ------
+        RunError: the call failed, and not by its worker's death.
+        """
+        slot, work = round.running.pop(result)
+        slot.calls.remove(work)
+        slot.since = time.monotonic()
+        try:
+            answers = ray.get(result)
+        except (RayActorError, OutOfMemoryError) as error:
+            for lost in [work, *self._replace(slot, round)]:
+                self._again(lost, str(error), round)
+        except RayError as error:
+            raise RunError(f"a Ray worker failed: {' '.join(str(error).split())}") from error
+        else:
+            for message, (reply, seconds) in zip(work.messages, answers, strict=True):
+                self._learn(message, seconds)
+                self._answered(message, reply, round)
+
+    def _answered(self, message: Message, reply: Message, round: _Round) -> None:
+        """Keep a client's reply, and tell who listens."""
+        round.replies[message.metadata.message_id] = reply
+        if self.on_reply is not None:
+            self.on_reply()
+
+    def _again(self, work: _Call, why: str, round: _Round) -> None:
+        """Play the clients of a lost call again, each alone, or give them up."""
+        for message in work.messages:
+            if work.tries < self.resources.retries:
+                round.waiting.append(_Call([message], work.tries + 1, alone=True))
+            else:
+                reason = f"its worker died {work.tries + 1} times ({' '.join(why.split())[:200]})"
+                self._give_up(message, reason, round)
+
+    def _give_up(self, message: Message, reason: str, round: _Round) -> None:
+        """Answer for a client that will not."""
+        error = Error(ErrorCode.CLIENT_APP_CRASHED, reason)
+        self._answered(message, Message(error, reply_to=message), round)
+
+    # ------------------------------------------------------------------------- workers that die or take long
+
+    def _replace(self, slot: _Slot, round: _Round) -> list[_Call]:
+        """Put a new worker where this one was; the calls that were still queued at it."""
+        lost = [ref for ref, (other, _) in round.running.items() if other is slot]
         self.replaced += 1
         ray.kill(slot.actor)
         slot.actor, slot.calls, slot.since = self._spawn(), [], time.monotonic()
         slot.starting = slot.actor.ready.remote()
+        return [round.running.pop(ref)[1] for ref in lost]
 
     def _started(self, slot: _Slot) -> None:
-        """Take note that a replacement is there, or has died on the way: then it is replaced again, or given up."""
+        """Take note that a replacement is there; one that has died on the way is given up.
+
+        Raises
+        ------
+        RunError: no worker is left.
+        """
         ref, slot.starting = slot.starting, None
         try:
             ray.get(ref)
@@ -386,12 +358,16 @@ class RayGrid(LocalGrid):
         limit = self._limit(slot)
         return limit is not None and time.monotonic() >= slot.since + limit
 
-    def _overdue(self) -> list[_Slot]:
-        """Slots whose first call takes too long; that call is noted in ``late``."""
-        late = [slot for slot in self._slots if slot.starting is None and self._is_overdue(slot)]
-        for slot in late:
-            slot.late = slot.calls[0]
-        return late
+    def _stop_overdue(self, round: _Round) -> None:
+        """Replace the workers whose first call takes too long; a client that was alone in it is given up."""
+        for slot in [slot for slot in self._slots if slot.starting is None and self._is_overdue(slot)]:
+            late = slot.calls[0]
+            for work in self._replace(slot, round):
+                if work is late and len(work.messages) == 1:
+                    reason = f"no reply within {self.resources.timeout:g} s (engine.client_timeout)"
+                    self._give_up(work.messages[0], reason, round)
+                else:
+                    round.waiting.extend(_Call([message], work.tries, alone=True) for message in work.messages)
 
     def _drop_slots_without_room(self) -> None:
         """Give up replacements that have not started in time.
@@ -409,29 +385,3 @@ class RayGrid(LocalGrid):
                 f"no worker is left, and none started within {_START_SECONDS:g} s: the cluster has lost its room; "
                 f"resume the run when it is back"
             )
-
-    def _too_late(self) -> str:
-        return f"no reply within {self.resources.timeout:g} s (engine.client_timeout)"
-
-    def _again(
-        self,
-        work: _Call,
-        why: str,
-        waiting: deque[_Call],
-        replies: list[Message | None],
-        order: dict[str, int],
-    ) -> None:
-        """Play the clients of a lost call again, each alone, or give them up."""
-        for message in work.messages:
-            if work.tries < self.resources.retries:
-                waiting.append(_Call([message], work.tries + 1, alone=True))
-                continue
-            reason = f"its worker died {work.tries + 1} times ({' '.join(why.split())[:200]})"
-            self._give_up(message, reason, replies, order)
-
-    def _give_up(self, message: Message, reason: str, replies: list[Message | None], order: dict[str, int]) -> None:
-        """Answer for a client that will not."""
-        error = Error(ErrorCode.CLIENT_APP_CRASHED, reason)
-        replies[order[message.metadata.message_id]] = Message(error, reply_to=message)
-        if self.on_reply is not None:
-            self.on_reply()

@@ -84,13 +84,7 @@ class RoundSchedule(Schedule):
 
     @classmethod
     def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
-        found = []
-        rounds, n = experiment.federation.rounds, experiment.federation.clients_per_round
-        start, stop = getattr(parameters, "start", 1), getattr(parameters, "stop", None)
-        if stop is not None and stop > rounds:
-            found.append(Problem("stop", f"{stop} lies beyond the last round; federation.rounds is {rounds}"))
-        if start > (rounds if stop is None else stop):
-            found.append(Problem("start", f"{start} lies behind the window's end, {stop or rounds}"))
+        n, found = experiment.federation.clients_per_round, _window_problems(parameters, experiment)
         if parameters.attackers > n:
             found.append(
                 Problem("attackers", f"{parameters.attackers} do not fit in a round of {n} (clients_per_round)")
@@ -206,12 +200,18 @@ class Pool(Schedule):
 
     @classmethod
     def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
-        rounds, stop = experiment.federation.rounds, parameters.stop
-        if stop is not None and stop > rounds:
-            return [Problem("stop", f"{stop} lies beyond the last round; federation.rounds is {rounds}")]
-        if parameters.start > (stop or rounds):
-            return [Problem("start", f"{parameters.start} lies behind the window's end, {stop or rounds}")]
-        return []
+        return _window_problems(parameters, experiment)
+
+
+def _window_problems(parameters: Any, experiment: Any) -> list[Problem]:
+    """What is wrong with a schedule's ``start`` and ``stop``, where it has them."""
+    found, rounds = [], experiment.federation.rounds
+    start, stop = getattr(parameters, "start", 1), getattr(parameters, "stop", None)
+    if stop is not None and stop > rounds:
+        found.append(Problem("stop", f"{stop} lies beyond the last round; federation.rounds is {rounds}"))
+    if start > (stop or rounds):
+        found.append(Problem("start", f"{start} lies behind the window's end, {stop or rounds}"))
+    return found
 
 
 def plan(config: Config) -> list[RoundPlan]:

@@ -1,9 +1,10 @@
-"""A run directory: its name, and the lock that keeps a second run out of it."""
+"""A run directory: its name, what is complete in it, and the lock that keeps a second run out of it."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from datetime import datetime
@@ -13,6 +14,10 @@ from typing import IO
 from fedsim.config import Config
 from fedsim.errors import FedsimError, InputError
 from fedsim.recording.files import disk_error
+from fedsim.recording.tables import JOURNAL
+
+TWIN = "twin"
+"""Sub-directory of the clean twin's tables."""
 
 _STALE = ".*.tmp"
 """What a killed run was about to put in place."""
@@ -69,3 +74,18 @@ def locked(directory: Path, resume: bool) -> Iterator[None]:
     finally:
         (directory / ".lock").unlink(missing_ok=True)  # while it is held: nobody else's is taken away
         handle.close()
+
+
+def is_finished(directory: Path, config: Config) -> bool:
+    """Whether the run in the directory has written its last file: the report, where it writes one."""
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        reported = not config.output.report or (directory / "report.html").is_file()
+        return reported and (directory / "summary.json").is_file() and manifest.get("status") == "finished"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def is_played(directory: Path) -> bool:
+    """Whether all rounds of a run, or of its twin, are in the tables there (the journal goes with the last)."""
+    return (directory / "rounds.parquet").exists() and not (directory / JOURNAL).exists()

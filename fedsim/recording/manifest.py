@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,9 @@ import torch
 
 from fedsim import plugins
 from fedsim.config import Choice, Config
+from fedsim.federation.engine import cores
 from fedsim.federation.schedule import RoundPlan
+from fedsim.recording.portable import portable
 
 _PACKAGES = (
     "fedsim-backdoor",
@@ -28,40 +28,6 @@ _PACKAGES = (
     "scikit-learn",
     "scipy",
 )
-
-
-_QUOTED = re.compile(r"(['\"`])((?:~[\w.-]*)?/[^'\"`\n]*|[A-Za-z]:\\[^'\"`\n]*)\1")
-_UNIX = re.compile(r"(?<![\w./~…])(?:file://)?(?:~[\w.-]*)?/(?:[^/\s'\",:;()]+/)+[^/\s'\",:;()]*")
-_WINDOWS = re.compile(r"\b[A-Za-z]:\\[^\s'\"]*")
-
-
-def portable(value: Any) -> Any:
-    """Plain containers with every absolute path in their texts cut down to its last part.
-
-    ``/home/somebody/data`` becomes ``…/data``, also within a message: a manifest names no machine and no user. What is
-    needed to play the run again, paths as they were given, is in ``config.yaml``.
-    """
-    if isinstance(value, Mapping):
-        return {portable(key): portable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [portable(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if value.startswith(("/", "~")) or _WINDOWS.match(value):
-        return _last_part(value) if "\n" not in value else _cut(value)
-    return _cut(value)
-
-
-def _cut(text: str) -> str:
-    text = _QUOTED.sub(lambda found: f"{found[1]}{_last_part(found[2])}{found[1]}", text)
-    for pattern in (_WINDOWS, _UNIX):
-        text = pattern.sub(lambda found: _last_part(found[0]), text)
-    return text
-
-
-def _last_part(path: str) -> str:
-    parts = [part for part in re.split(r"[/\\]", path) if part]
-    return f"…/{parts[-1]}" if parts and (len(parts) > 1 or path.startswith("/")) else path
 
 
 def versions() -> dict[str, str]:
@@ -81,7 +47,7 @@ def hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "memory_gib": round(memory, 1),
         "gpus": gpus,
         "system": f"{platform.system()} {platform.machine()}",

@@ -1,32 +1,28 @@
-"""The results of many runs as one table: a row a run, from what each run directory holds."""
+"""The results of many runs as one table: a row a run, from the summary that each left."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
-import yaml
 
-from fedsim.config.reading import refuse_deep
 from fedsim.errors import InputError
+from fedsim.recording.directory import TWIN
 from fedsim.recording.files import write_atomic
-from fedsim.recording.manifest import portable
+from fedsim.recording.identity import relevant
+from fedsim.recording.labels import LABELS, brief, described, name_of
+from fedsim.recording.runs import RunFiles, read_runs, section
 from fedsim.recording.summary import HORIZONS, KAPPAS
 
-CELL = "cell.json"
-"""What a grid leaves in the directory of a cell: ``{"labels": {axis: label}, "seed": k}``."""
-
-LABELS = ("task", "model", "attack", "trigger", "schedule", "defense", "partition")
-"""The columns that say in words what was run; a grid's further axes are columns ``axis.<name>``."""
+COMPLETE = "complete"
+"""The status of a run that was played to its end; the others are running, failed and interrupted."""
 
 SPANS = (*(f"{what}_{round(100 * k)}" for what in ("lifespan", "crossing") for k in KAPPAS), "half_life")
 """Columns that hold a number of rounds; ``<column>_censored`` says that the run ended first."""
@@ -67,24 +63,7 @@ _DTYPES: dict[str, str] = {
     },
     "auroc_score": "str",
 }
-_STATUS = {"finished": "complete", "running": "running", "failed": "failed", "interrupted": "interrupted"}
-_SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
-_MOST_BYTES = 16 * 2**20
-_MOST_VALUES = 20_000  # in a config; a few lines of aliases can stand for millions
-_LONGEST = 48  # characters of a value in a label
 _NAN = float("nan")
-_ABSENT = object()
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """What a run directory says of itself. summary: None while there is none. axes: axis → label, of a grid."""
-
-    path: Path
-    config: dict[str, Any]
-    manifest: dict[str, Any]
-    summary: dict[str, Any] | None
-    axes: dict[str, str]
 
 
 def collect(directories: Sequence[Path]) -> pd.DataFrame:
@@ -122,76 +101,14 @@ def collect(directories: Sequence[Path]) -> pd.DataFrame:
     return tabulate(read_runs(directories))
 
 
-def read_runs(directories: Sequence[Path]) -> list[RunFiles]:
-    """What the runs at or below the directories hold, sorted by path; errors as in :func:`collect`."""
-    found: dict[Path, Path] = {}
-    for directory in directories:
-        runs = list(run_directories(Path(directory)))
-        if not runs:
-            raise InputError(f"{directory} holds no run: no config.yaml beside a rounds.parquet, here or below")
-        for path in runs:
-            found.setdefault(path.resolve(), path)
-    return [read_run(path) for path in sorted(found.values())]
-
-
-def run_directories(directory: Path) -> Iterator[Path]:
-    """The run directories at or below ``directory``.
-
-    Raises
-    ------
-    InputError: there is no such directory, or it cannot be read.
-    """
-    if not directory.is_dir():
-        raise InputError(f"there is no directory {directory}; give the directory of a run, or one that holds runs")
-    if _is_run(directory):
-        yield directory
-        return
-    try:
-        below = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir(follow_symlinks=False))
-    except OSError as error:
-        raise InputError(f"{directory} cannot be read: {error.strerror or error}") from None
-    for name in below:
-        if name != "twins" and not name.startswith("."):
-            yield from run_directories(directory / name)
-
-
-def _is_run(directory: Path) -> bool:
-    if not (directory / "config.yaml").is_file():
-        return False
-    if (directory / "rounds.parquet").is_file():
-        return True
-    manifest = directory / "manifest.json"
-    return manifest.is_file() and "config_sha256" in _json(manifest)
-
-
-def read_run(directory: Path) -> RunFiles:
-    """What a run directory holds, without its tables.
-
-    Raises
-    ------
-    InputError: a file is damaged or not what a run writes.
-    """
-    manifest, summary, cell = (directory / name for name in ("manifest.json", "summary.json", CELL))
-    axes = _json(cell).get("labels", {}) if cell.is_file() else {}
-    if not isinstance(axes, dict) or not all(isinstance(label, str) for label in axes.values()):
-        raise InputError(f"{cell} is not what a grid writes: labels must map axes to texts")
-    return RunFiles(
-        directory,
-        _config(directory / "config.yaml"),
-        _json(manifest) if manifest.is_file() else {},
-        _json(summary) if summary.is_file() else None,
-        axes,
-    )
-
-
 def tabulate(runs: Sequence[RunFiles]) -> pd.DataFrame:
     """The table of :func:`collect` for runs that were read already."""
     columns: dict[str, list[Any]] = {name: [] for name in _DTYPES}
     for run in runs:
-        facts = {**dict.fromkeys(MEASURES, float("nan")), **_identity(run), **_numbers(run)}
+        facts = {**dict.fromkeys(MEASURES, _NAN), **_identity(run), **_numbers(run)}
         for name in columns.keys() - {*LABELS, "settings"}:
             columns[name].append(facts.get(name, False))  # only <span>_censored has a default
-    columns.update(_described(runs))
+    columns.update(described(runs))
     for axis in sorted({axis for run in runs for axis in run.axes} - {*LABELS, "seed", "seeds"}):
         columns[f"axis.{axis}"] = [run.axes.get(axis, "") for run in runs]
     frame = pd.DataFrame({name: pd.Series(values, dtype=_DTYPES.get(name, "str")) for name, values in columns.items()})
@@ -219,22 +136,22 @@ def write_results(frame: pd.DataFrame, directory: Path) -> None:
 
 def _identity(run: RunFiles) -> dict[str, Any]:
     config, manifest = run.config, run.manifest
-    seed, rounds = config.get("seed", 0), _part(config, "federation").get("rounds")
+    seed, rounds = config.get("seed", 0), section(config, "federation").get("rounds")
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise InputError(f"{run.path / 'config.yaml'}: seed is {brief(seed)}, not a whole number")
-    stages = _stages(config)
+    same = {key: value for key, value in relevant(config).items() if key != "seed"}
     said = manifest.get("status", "finished" if run.summary is not None else "interrupted")
     return {
         "run": str(run.path),
         "name": str(config.get("name", "")),
         "seed": seed,
-        "row": hashlib.sha256(json.dumps(_relevant(config), sort_keys=True, default=str).encode()).hexdigest()[:12],
-        "undefended": all(_named(stage) == "fedavg" for stage in stages),
-        "status": _STATUS.get(str(said), str(said)),
+        "row": hashlib.sha256(json.dumps(same, sort_keys=True, default=str).encode()).hexdigest()[:12],
+        "undefended": all(name_of(stage) == "fedavg" for stage in run.stages),
+        "status": COMPLETE if said == "finished" else str(said),
         "message": str(manifest.get("reason") or ""),
         "rounds": _float(rounds, run.path / "config.yaml"),
         "seconds": _float(manifest.get("seconds"), run.path / "manifest.json"),
-        "t0": float("nan"),
+        "t0": _NAN,
         "auroc_score": "",
     }
 
@@ -272,18 +189,18 @@ def _numbers(run: RunFiles) -> dict[str, Any]:
         found[f"stealth_{name}"] = number("stealth", name)
     for name in ("tpr", "fpr", "fpr_attack_rounds", "malicious_weight"):
         found[name] = number("detection", name)
-    found["auroc_score"] = score = _main_score(run.config, _part(_part(summary, "detection"), "auroc"))
+    found["auroc_score"] = score = _main_score(run.stages, section(section(summary, "detection"), "auroc"))
     found["auroc"] = number("detection", "auroc", score)
-    twin = run.path / "twin" / "rounds.parquet"
+    twin = run.path / TWIN / "rounds.parquet"
     if summary.get("floor") == "clean twin" and twin.is_file():
         found["twin_accuracy"], found["asr_floor"] = _last_of_twin(twin)
     return found
 
 
-def _main_score(config: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+def _main_score(stages: Sequence[Any], scores: Mapping[str, Any]) -> str:
     """Of the first stage that gave scores the one named ``score``, else the first by name; "" if there is none."""
-    names = [_named(stage) for stage in _stages(config)]
-    # a stage that is in the pipeline more than once is numbered, as fedsim.defense.prefixes does
+    names = [name_of(stage) for stage in stages]
+    # a stage that is in the pipeline more than once is numbered, as fedsim.pipeline.prefixes does
     order = [n if names.count(n) == 1 else f"{n}{names[: i + 1].count(n)}" for i, n in enumerate(names)]
 
     def rank(name: str) -> tuple[int, bool, str]:
@@ -322,211 +239,4 @@ def _float(value: Any, path: Path) -> float:
 # ---------------------------------------------------------------------------------------------------- labels
 
 
-def _described(runs: Sequence[RunFiles]) -> dict[str, list[str]]:
-    """The columns in words."""
-    sections: dict[str, list[Any]] = defaultdict(list)
-    rests = []
-    for run in runs:
-        config = run.config
-        task, attack = _part(config, "task"), _part(config, "attack")
-        federation = _part(config, "federation")
-        sections["task"].append({key: value for key, value in task.items() if key != "model"})
-        sections["model"].append(task.get("model"))
-        sections["attack"].append({key: v for key, v in attack.items() if key not in ("trigger", "schedule")})
-        sections["trigger"].append(attack.get("trigger"))
-        sections["schedule"].append(attack.get("schedule"))
-        sections["defense"].append(_stages(config))
-        sections["partition"].append(federation.get("partition"))
-        rest = {key: value for key, value in _relevant(config).items() if key not in ("task", "attack", "defense")}
-        rest["federation"] = {key: value for key, value in federation.items() if key != "partition"}
-        rests.append(rest)
-    words = {column: _labels(column, sections[column], runs) for column in LABELS}
-    return {**words, "settings": _joined(_differences(rests), runs)}
-
-
-def _labels(column: str, sections: Sequence[Any], runs: Sequence[RunFiles]) -> list[str]:
-    """A label a run: the grid's own, or the method's name; with the parameters in which namesakes differ."""
-    given = [run.axes.get(column) for run in runs]
-    ours = [i for i, label in enumerate(given) if label is not None]
-    others = [i for i, label in enumerate(given) if label is None]
-    named = _told_apart([str(given[i]) for i in ours], [sections[i] for i in ours], [runs[i] for i in ours])
-    labels = dict(zip(ours, named, strict=True))
-    if column == "defense":
-        stages = [(i, stage) for i in others for stage in sections[i]]
-        texts = _told_apart([_named(stage) for _, stage in stages], [stage for _, stage in stages])
-        pipelines: dict[int, list[str]] = {i: [] for i in others}
-        for (i, _), text in zip(stages, texts, strict=True):
-            pipelines[i].append(text)
-        labels |= {i: " + ".join(pipeline) or "fedavg" for i, pipeline in pipelines.items()}
-    else:
-        bases = [_named(sections[i]) for i in others]
-        if column == "task":
-            bases = [f"{base} / {_named(sections[i].get('data'))}" for base, i in zip(bases, others, strict=True)]
-        labels |= dict(zip(others, _told_apart(bases, [sections[i] for i in others]), strict=True))
-    return [labels[i] for i in range(len(runs))]
-
-
-def _told_apart(bases: Sequence[str], sections: Sequence[Any], runs: Sequence[RunFiles] = ()) -> list[str]:
-    """Each base; where sections of one base differ, with the keys and values in which they do.
-
-    runs: whose the sections are, if their grids' labels are to count as telling.
-    """
-    members = defaultdict(list)
-    for i, base in enumerate(bases):
-        members[base].append(i)
-    labels = list(bases)
-    for base, indices in members.items():
-        found = _differences([sections[i] for i in indices])
-        whose = [runs[i] if runs else None for i in indices]
-        for i, text in zip(indices, _joined(found, whose), strict=True):
-            labels[i] = f"{base} ({text})" if text else base
-    return labels
-
-
-def _joined(differences: Sequence[tuple[str, Sequence[str]]], runs: Sequence[RunFiles | None]) -> list[str]:
-    """The differences of each of the runs in one line, without those that a grid's labels tell already."""
-    parts: list[list[str]] = [[] for _ in runs]
-    for key, texts in differences:
-        for part, text, told in zip(parts, texts, _told_by_grid(runs, texts), strict=True):
-            if not told:
-                part.append(f"{key}={text}" if key else text)
-    return [", ".join(part) for part in parts]
-
-
-def _told_by_grid(runs: Sequence[RunFiles | None], texts: Sequence[str]) -> list[bool]:
-    """Which runs lie in a grid (a directory of cells) that itself varies what the texts say, by its labels."""
-    grids: dict[Path, dict[tuple[tuple[str, str], ...], set[str]]] = defaultdict(lambda: defaultdict(set))
-    for run, text in zip(runs, texts, strict=True):
-        if run is not None and run.axes:
-            grids[run.path.parent][tuple(sorted(run.axes.items()))].add(text)
-    telling = {
-        grid
-        for grid, cells in grids.items()
-        if len(set().union(*cells.values())) > 1 and all(len(found) == 1 for found in cells.values())
-    }
-    return [run is not None and bool(run.axes) and run.path.parent in telling for run in runs]
-
-
-def _differences(values: Sequence[Any], path: str = "") -> list[tuple[str, list[str]]]:
-    """Where ``values`` differ: key path and the text of each value there.
-
-    Two plugins of different names differ as wholes, not key by key.
-    """
-    if not values or all(value is values[0] or value == values[0] for value in values[1:]):
-        return []
-    head = f"{path}." if path else ""
-    if all(isinstance(value, dict) for value in values) and len({str(value.get("name")) for value in values}) == 1:
-        keys = dict.fromkeys(key for value in values for key in value)
-        parts = [_differences([value.get(key, _ABSENT) for value in values], f"{head}{key}") for key in keys]
-        return [difference for part in parts for difference in part]
-    if all(isinstance(value, list) and all(isinstance(item, dict) for item in value) for value in values):
-        lengths = {len(value) for value in values}
-        if len(lengths) == 1:
-            count = lengths.pop()
-            heads = [path] if count == 1 else [f"{head}{i}" for i in range(count)]  # a single entry needs no number
-            parts = [_differences([value[i] for value in values], where) for i, where in enumerate(heads)]
-            return [difference for part in parts for difference in part]
-    return [(path, [_cut(*_without_paths(value)) for value in values])]
-
-
-def brief(value: Any) -> str:
-    """A value of a config in one line: ``krum(f=2)`` for a plugin, its name alone where it has no parameters."""
-    if value is _ABSENT:
-        return "unset"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, dict):
-        inner = ", ".join(f"{key}={brief(item)}" for key, item in value.items() if key != "name")
-        return f"{value.get('name', '')}({inner})" if inner else str(value.get("name", ""))
-    if isinstance(value, list):
-        return " + ".join(map(brief, value)) or "none"
-    return str(value)
-
-
-def _without_paths(value: Any) -> tuple[str, str]:
-    """The text of a value, with and without the directories in it."""
-    return brief(value), brief(portable(value))
-
-
-def _cut(whole: str, text: str) -> str:
-    """A text that is too long for a label loses its end, and a path its beginning, but not its identity."""
-    if len(text) <= _LONGEST and text == whole:
-        return text
-    short = text if len(text) <= _LONGEST - 6 else f"{text[: _LONGEST - 8]}…"
-    return f"{short} #{hashlib.sha256(whole.encode()).hexdigest()[:4]}"
-
-
-def _named(section: Any) -> str:
-    if isinstance(section, Mapping):
-        return str(section.get("name") or "none")
-    return str(section or "none")
-
-
-def _stages(config: Mapping[str, Any]) -> list[Any]:
-    stages = config.get("defense") or []
-    return stages if isinstance(stages, list) else [stages]
-
-
-def _part(mapping: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = mapping.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _relevant(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result depends on beside the seed: neither the engine nor where it is written."""
-    rest = {key: value for key, value in config.items() if key not in ("name", "seed", "engine", "output")}
-    rest["evaluation"] = {key: value for key, value in _part(config, "evaluation").items() if key != "twin"}
-    return rest
-
-
 # ---------------------------------------------------------------------------------------------------- files
-
-
-def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as handle:
-            raw = handle.read(_MOST_BYTES + 1)
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
-    if len(raw) > _MOST_BYTES:
-        raise InputError(f"{path} is larger than {_MOST_BYTES // 2**20} MiB; that is no file of a run")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: {error}") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(_text(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path} is not what a run writes: it holds no mapping")
-    return loaded
-
-
-def _config(path: Path) -> dict[str, Any]:
-    """A run's config as plain containers, with keys of text."""
-    try:
-        text = _text(path)
-        refuse_deep(text)
-        loaded = yaml.load(text, Loader=_SAFE)  # noqa: S506
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(loaded, dict):
-        raise InputError(f"{path} is not the config of a run: it holds no mapping of keys to values")
-    pending: list[Any] = [loaded]
-    count = 0
-    while pending:
-        value = pending.pop()
-        count += 1
-        if count > _MOST_VALUES:
-            raise InputError(f"{path} is not the config of a run: it holds more than {_MOST_VALUES} values")
-        if isinstance(value, dict):
-            if not all(isinstance(key, str) for key in value):
-                raise InputError(f"{path} is not the config of a run: it holds a key that is no text")
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
-    return loaded

@@ -85,6 +85,11 @@ def score_table(clients: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=clients.index, dtype="float64")
 
 
+def under_attack(clients: pd.DataFrame) -> pd.Series[bool]:
+    """Which rows of a ``clients`` table are of rounds with a malicious client in it."""
+    return clients["round"].isin(clients.loc[clients["malicious"].astype(bool), "round"].unique())
+
+
 def auroc(scores: pd.Series[float], malicious: pd.Series[bool]) -> float | None:
     """The area under the ROC curve of ``scores`` (n,), larger meaning more suspicious; NaN is dropped.
 
@@ -153,7 +158,7 @@ def _detection(clients: pd.DataFrame) -> dict[str, Any]:
     sent = clients[clients["status"].isin(SUBMITTED)]
     malicious = sent["malicious"].astype(bool)
     turned_away = ~(sent["accepted"].astype(bool) & (sent["status"] == "ok"))
-    attacked = sent["round"].isin(sent.loc[malicious, "round"].unique())
+    attacked = under_attack(sent)
     scores = score_table(sent[attacked])
     weight = sent["weight"].astype("float64")[malicious].groupby(sent["round"]).sum()
     return {

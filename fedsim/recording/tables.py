@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedsim.errors import InputError
-from fedsim.federation.strategy import RoundRecord
+from fedsim.federation.records import RoundRecord
 from fedsim.recording.files import disk_error, write_atomic
 
 ROUNDS = pa.schema(

@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.errors import InputError
-from fedsim.recording.results import SPANS, RunFiles, brief, read_runs, tabulate
+from fedsim.recording.identity import NO_INFLUENCE, flat
+from fedsim.recording.labels import brief
+from fedsim.recording.results import COMPLETE, SPANS, tabulate
+from fedsim.recording.runs import RunFiles, read_runs
 from fedsim.recording.summary import HORIZONS, KAPPAS
 from fedsim.report import statistics, words
-
-_NO_INFLUENCE = re.compile(r"(name|engine|output)(\.|$)|evaluation\.twin$")
-"""Keys of a config on which no result depends (on CPU)."""
 
 _MOST_VALUES = 6  # of a key are listed
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
@@ -107,7 +107,7 @@ def _config_table(sides: Sequence[Sequence[RunFiles]]) -> RenderableType:
     held = [_values(side) for side in sides]
     keys = dict.fromkeys(key for side in held for key in side)
     differing = [key for key in keys if held[0].get(key) != held[1].get(key)]
-    idle = [key for key in differing if _NO_INFLUENCE.match(key)]
+    idle = [key for key in differing if NO_INFLUENCE.match(key)]
     telling = [key for key in differing if key not in idle]
     parts: list[RenderableType] = []
     if telling:
@@ -127,17 +127,9 @@ def _config_table(sides: Sequence[Sequence[RunFiles]]) -> RenderableType:
 
 def _values(side: Sequence[RunFiles]) -> dict[str, set[str]]:
     """Key path → the values it has in the runs of a side; a run that lacks it counts as one more value."""
-    flat = [_flat(run.config) for run in side]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    return {key: {config.get(key, words.ABSENT) for config in flat} for key in keys}
-
-
-def _flat(value: Any, path: str = "") -> dict[str, str]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found: dict[str, str] = {} if items else {path: brief(value)}
-    for key, item in items:
-        found |= _flat(item, f"{path}.{key}" if path else str(key))
-    return found
+    configs = [{key: brief(value) for key, value in flat(run.config).items()} for run in side]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    return {key: {config.get(key, words.ABSENT) for config in configs} for key in keys}
 
 
 def _listed(values: set[str]) -> Text:
@@ -189,7 +181,7 @@ def _caveats(sides: Sequence[Sequence[RunFiles]], frame: pd.DataFrame) -> list[s
     if devices[0] != devices[1] and all(devices):
         said.append("Made on different devices: a GPU does not give the same bytes.")
     for side in "AB":
-        unfinished = frame[(frame["side"] == side) & (frame["status"] != "complete")]
+        unfinished = frame[(frame["side"] == side) & (frame["status"] != COMPLETE)]
         if len(unfinished):
             states = ", ".join(sorted(unfinished["status"].unique()))
             said.append(f"{len(unfinished)} of the runs of {side} did not finish ({states}); they may have no numbers.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -23,6 +23,7 @@ Floats = NDArray[np.float64]
 INK, MUTED, RULE, PAPER = "#1b1f24", "#59636e", "#d8dee4", "#fffffe"
 ATTACK, HONEST, TWIN = "#c25400", "#0072b2", "#6b7178"
 PHASES = ("#56b4e9", "#e69f00", "#cc79a7", "#009e73", "#8a9099")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
 VARIABLES = {
     INK: "--ink",
     MUTED: "--muted",
@@ -68,6 +69,7 @@ _STYLE: Any = {
 }
 _WIDE, _NARROW = 9.0, 4.4  # inches; shown at about 100 and 90 pixels an inch
 _COLUMNS = 150  # at most so many points are drawn where a curve is averaged over stretches of rounds
+_BINS = 30
 MANY = 24  # up to so many evaluated rounds each is marked with a dot
 
 
@@ -98,6 +100,17 @@ def stretches(series: pd.Series[Any]) -> tuple[Floats, Floats]:
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
+def aligned(curves: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> tuple[NDArray[Any], Floats]:
+    """The rounds (n,) that all curves cover (none: n = 0), and the curves there (curves, n), straight between points.
+
+    curves: at least one; rounds (m,) ascending, and the values (m,) there.
+    """
+    first, last = max(rounds[0] for rounds, _ in curves), min(rounds[-1] for rounds, _ in curves)
+    seen = np.unique(np.concatenate([rounds for rounds, _ in curves]))
+    common = seen[(seen >= first) & (seen <= last)]
+    return common, np.array([np.interp(common, rounds, values) for rounds, values in curves])
+
+
 def whole_numbers(most: int) -> MaxNLocator:
     """At most so many ticks, at round numbers."""
     return MaxNLocator(most, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1)
@@ -109,6 +122,27 @@ def round_axis(ax: Axes, narrow: bool, rounds: pd.Series[int] | None = None) -> 
     ax.xaxis.set_major_locator(whole_numbers(6 if narrow else 10))
     if rounds is not None and len(rounds):
         ax.set_xlim(int(rounds.min()) - 0.5, int(rounds.max()) + 0.5)
+
+
+def quarters(axis: Axis) -> None:
+    """Label an axis of shares 0 %, 25 %, … 100 %."""
+    axis.set_ticks([0, 0.25, 0.5, 0.75, 1])
+    axis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def bins(ax: Axes, low: float, high: float, *, positive: bool) -> Floats:
+    """The edges of the bins of a histogram from ``low`` to ``high``, for all its groups.
+
+    They are even, or, where the values are ``positive`` and differ by more than a factor of 30, even on a logarithmic
+    scale; the lower axis becomes logarithmic then.
+    """
+    if positive and high > 30 * low:
+        ax.set_xscale("log")
+        plain_ticks(ax.xaxis)
+        return np.geomspace(low, high, _BINS + 1)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    return np.linspace(low, high, _BINS + 1)
 
 
 def plain_ticks(axis: Axis) -> None:
@@ -178,9 +212,21 @@ def inline(figure: Figure, prefix: str) -> str:
     def rename(match: re.Match[str]) -> str:
         return f' id="{prefix}-{match[1]}"' if match[1] in used else ""
 
-    svg = re.sub(r' id="([^"]*)"', rename, svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", svg)
-    for colour, variable in VARIABLES.items():
-        svg = svg.replace(colour, f"var({variable})")
-    svg = re.sub(r"'?DejaVu Sans'?(, [^;\"]*)?", "var(--sans)", svg)
+    def adapt(tag: str) -> str:
+        tag = re.sub(r' id="([^"]*)"', rename, tag)
+        tag = re.sub(r'(url\(#|href="#)', rf"\g<1>{prefix}-", tag)
+        return re.sub(r"'?DejaVu Sans'?(, [^;\"]*)?", "var(--sans)", tag)
+
+    svg = recoloured(in_tags(svg, adapt), VARIABLES)
     return svg.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1).strip()
+
+
+def in_tags(svg: str, change: Callable[[str], str]) -> str:
+    """Change every tag of an SVG and none of its texts, which are names from configs and may look like anything."""
+    return re.sub("<[^<>]*>", lambda tag: change(tag[0]), svg)
+
+
+def recoloured(svg: str, variables: Mapping[str, str]) -> str:
+    """An SVG with CSS variables for colours. variables: colour → name of its variable."""
+    wanted = re.compile("|".join(map(re.escape, variables)))
+    return in_tags(svg, lambda tag: wanted.sub(lambda colour: f"var({variables[colour[0]]})", tag))

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 
 from fedsim import persistence
 from fedsim.errors import InputError
-from fedsim.recording.summary import SUBMITTED
+from fedsim.recording.summary import SUBMITTED, under_attack
 from fedsim.report import words
 from fedsim.report.drawing import (
     ATTACK,
+    DASHES,
     HONEST,
     INK,
     MANY,
@@ -33,10 +34,13 @@ from fedsim.report.drawing import (
     PHASES,
     TWIN,
     Floats,
+    aligned,
+    bins,
     evaluated,
     label_ends,
     new_figure,
     plain_ticks,
+    quarters,
     round_axis,
     stretches,
     styled,
@@ -76,8 +80,7 @@ def backdoor(
         first = min(1, int(rounds["round"].min()))
         ax.set_xlim(first - 0.5, last + 0.5)
         ax.set_ylim(-0.09, 1.02)
-        ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        quarters(ax.yaxis)
         ax.set_ylabel(f"share of {of}")
         round_axis(ax, narrow)
         label_ends(ax, [(float(s.iloc[-1]), name, colour) for s, colour, _, name in curves])
@@ -98,7 +101,6 @@ def acceptance(clients: pd.DataFrame, *, narrow: bool = False) -> Figure:
     sent = clients[clients["status"].isin(SUBMITTED)]
     malicious = sent["malicious"].astype(bool)
     taken = sent["accepted"].astype(bool) & (sent["status"] == "ok")
-    attacked = sent["round"].isin(sent.loc[malicious, "round"].unique())
     with styled():
         down = 2 if malicious.any() else 1
         figure = new_figure(narrow, 2.4 * down, 2.7 * down)
@@ -118,12 +120,13 @@ def acceptance(clients: pd.DataFrame, *, narrow: bool = False) -> Figure:
         round_axis(axes[0], narrow, sent["round"])
         label_ends(axes[0], ends)
         if malicious.any():
-            _weights(axes[1], sent[attacked], malicious[attacked], narrow)
+            _weights(axes[1], sent[under_attack(sent)], narrow)
         return figure
 
 
-def _weights(ax: Axes, sent: pd.DataFrame, malicious: pd.Series[bool], narrow: bool) -> None:
+def _weights(ax: Axes, sent: pd.DataFrame, narrow: bool) -> None:
     """Malicious weight in the aggregate as stems; their share of the clients as a dash."""
+    malicious = sent["malicious"].astype(bool)
     weight = sent["weight"].astype("float64").fillna(0.0).where(malicious, 0.0)
     x, got = stretches(weight.groupby(sent["round"]).sum())
     _, heads = stretches(malicious.groupby(sent["round"]).mean())
@@ -243,13 +246,12 @@ def compare(
         figure = new_figure(narrow, 4.1, 3.9)
         ax = figure.subplots()
         colours = (HONEST, ATTACK, "#009e73", "#cc79a7", "#b87d00", "#3a9bd6", INK)
-        styles = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1.5, 1, 1.5)))
         ends, last = [], 0
         for i, (name, tables) in enumerate(curves.items()):
             ages, asr = _by_age(name, tables)
             colour, median = colours[i % len(colours)], np.median(asr, axis=0)
             ax.fill_between(ages, asr.min(axis=0), asr.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-            ax.plot(ages, median, color=colour, linestyle=styles[i % len(styles)])
+            ax.plot(ages, median, color=colour, linestyle=DASHES[i % len(DASHES)])
             ends.append((float(median[-1]), name, colour))
             last = max(last, int(ages[-1]))
         if kappa is not None:
@@ -259,8 +261,7 @@ def compare(
             )
         ax.set_xlim(0, max(last, 1))
         ax.set_ylim(-0.02, 1.02)
-        ax.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        quarters(ax.yaxis)
         ax.xaxis.set_major_locator(whole_numbers(6 if narrow else 10))
         ax.set_ylabel("attack success rate")
         ax.set_xlabel("age of the backdoor s (rounds since the last malicious update)")
@@ -335,15 +336,7 @@ def _spread(ax: Axes, values: pd.Series[float], malicious: pd.Series[bool]) -> N
     finite = values[np.isfinite(values)]
     if finite.empty:
         return
-    wide = bool((finite > 0).all()) and finite.max() > 30 * finite.min()
-    low, high = float(finite.min()), float(finite.max())
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-        wide = False
-    edges = np.geomspace(low, high, 31) if wide else np.linspace(low, high, 31)
-    if wide:
-        ax.set_xscale("log")
-        plain_ticks(ax.xaxis)
+    edges = bins(ax, float(finite.min()), float(finite.max()), positive=bool((finite > 0).all()))
     for group, colour, name in ((~malicious, HONEST, "benign"), (malicious, ATTACK, "malicious")):
         part = finite[group.reindex(finite.index, fill_value=False)]
         if part.empty:
@@ -362,7 +355,7 @@ def _spread(ax: Axes, values: pd.Series[float], malicious: pd.Series[bool]) -> N
         )
     ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     ax.yaxis.set_major_locator(_few())
-    if not wide:
+    if ax.get_xscale() == "linear":
         ax.xaxis.set_major_locator(_few())
 
 
@@ -385,8 +378,7 @@ def _by_age(name: str, tables: Sequence[pd.DataFrame]) -> tuple[NDArray[np.int64
         if not len(ages):
             raise InputError(f"a run of {name!r} has no evaluated round since the attack")
         curves.append((ages, rates))
-    seen = np.unique(np.concatenate([ages for ages, _ in curves]))
-    common = seen[(seen >= max(a[0] for a, _ in curves)) & (seen <= min(a[-1] for a, _ in curves))]
+    common, rates = aligned(curves)
     if not len(common):
         raise InputError(f"the runs of {name!r} have no age of the backdoor in common")
-    return common, np.array([np.interp(common, ages, rates) for ages, rates in curves])
+    return common, rates

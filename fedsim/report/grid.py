@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
-from markupsafe import Markup, escape
 
 from fedsim.errors import InputError
-from fedsim.recording import results as recorded
 from fedsim.recording.files import disk_error, write_text
-from fedsim.report import grid_figures, html, statistics, tables, words
-from fedsim.report.grid_cut import COMPLETE, MEASURES, Slice, Value, counted, interval, named, records, share, slices
+from fedsim.recording.portable import portable
+from fedsim.recording.results import COMPLETE, collect, write_results
+from fedsim.report import grid_panels, html, page, statistics, tables, words
+from fedsim.report.grid_cut import MEASURES, Slice, Value, counted, interval, named, records, share, slices
 from fedsim.report.grid_pictures import Shown, heat, pictures
 from fedsim.report.statistics import Interval
 
-_HERE = Path(__file__).parent
 _SAME = 5e-4  # defenses whose mean ASR differs by less share the headline
 _MANY, _LONG = 7, 22  # with more defenses, or letters of a name, the heads of a heat map stand upright
 
 
 def write(directories: Sequence[Path], out: Path) -> Path:
     """See :func:`fedsim.report.write_grid_report`."""
-    frame = recorded.collect(directories)
+    frame = collect(directories)
     if frame.empty:
         raise InputError(f"there are no runs in {', '.join(map(str, directories))}; name run directories")
     try:
@@ -41,18 +36,18 @@ def write(directories: Sequence[Path], out: Path) -> Path:
     except OSError as error:
         raise disk_error(out, error) from error
     _write_pages(frame)
-    recorded.write_results(frame, out)
+    write_results(frame, out)
     tables.write_tables(frame, out)
     grid = slices(frame, out)
     drawn = [pictures(part) for part in grid]
     for part, shown in zip(grid, drawn, strict=True):
         for picture, _, _ in shown:
-            grid_figures.save(picture.figure(), out / "figures", f"{picture.name}{part.stem}")
+            grid_panels.save(picture.figure(), out / "figures", f"{picture.name}{part.stem}")
         for measure in MEASURES:
-            grid_figures.save(heat(part, measure), out / "figures", f"heat_{measure['key']}{part.stem}")
-    page = out / "report.html"
-    write_text(page, render(frame, grid, drawn, out))
-    return page
+            grid_panels.save(heat(part, measure), out / "figures", f"heat_{measure['key']}{part.stem}")
+    path = out / "report.html"
+    write_text(path, render(frame, grid, drawn, out))
+    return path
 
 
 def _write_pages(frame: pd.DataFrame) -> None:
@@ -65,21 +60,10 @@ def _write_pages(frame: pd.DataFrame) -> None:
 
 def render(frame: pd.DataFrame, grid: Sequence[Slice], drawn: Sequence[Shown], out: Path) -> str:
     """The page. drawn: the pictures of each slice."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["breakable"] = _breakable
-    script = (_HERE / "grid.js").read_text(encoding="utf-8")
-    style = "\n".join((_HERE / name).read_text(encoding="utf-8") for name in ("report.css", "grid.css"))
     headline, detail = _verdict(frame, grid)
-    return environment.get_template("grid.html.jinja").render(
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return page.render(
+        "grid",
+        styles=("report.css", "grid.css"),
         title=_title(frame, out),
         subtitle=_subtitle(frame),
         headline=headline,
@@ -93,11 +77,6 @@ def render(frame: pd.DataFrame, grid: Sequence[Slice], drawn: Sequence[Shown], o
         total=len(frame),
         against=next((part.against for part in grid if part.against), ""),
     )
-
-
-def _breakable(name: str) -> Markup:
-    """A name that may be broken after an underscore."""
-    return Markup(re.sub(r"([_/=])", r"\1<wbr>", str(escape(name))))
 
 
 def _and(names: Sequence[str]) -> str:
@@ -120,7 +99,7 @@ def _subtitle(frame: pd.DataFrame) -> list[str]:
     rounds = frame["rounds"].dropna().unique()
     if len(rounds) == 1:
         parts.append(words.rounds(int(rounds[0])))
-    return [words.without_paths(str(part)) for part in parts]
+    return [portable(str(part)) for part in parts]
 
 
 def _verdict(frame: pd.DataFrame, grid: Sequence[Slice]) -> tuple[str, str]:
@@ -331,10 +310,10 @@ def _failed(frame: pd.DataFrame, out: Path) -> list[dict[str, str]]:
     """The runs that have no result, and why."""
     return [
         {
-            "name": words.without_paths(os.path.relpath(str(run["run"]), out)),
+            "name": portable(os.path.relpath(str(run["run"]), out)),
             "what": f"{run['attack']} against {run['defense']}, seed {run['seed']}",
             "status": str(run["status"]),
-            "message": words.without_paths(str(run["message"])) or words.ABSENT,
+            "message": portable(str(run["message"])) or words.ABSENT,
         }
         for run in records(frame[frame["status"] != COMPLETE])
     ]

@@ -13,10 +13,10 @@ from urllib.parse import quote
 
 import pandas as pd
 
+from fedsim.recording.results import COMPLETE
 from fedsim.report import statistics, words
 from fedsim.report.statistics import Interval
 
-COMPLETE = "complete"
 _LEAST_COST = 0.02  # a loss of main accuracy that a heat map shades in full, unless there are larger ones
 
 MEASURES = (

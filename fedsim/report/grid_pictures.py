@@ -17,10 +17,11 @@ import pyarrow.parquet as pq
 
 from fedsim.errors import InputError
 from fedsim.recording.summary import SUBMITTED
-from fedsim.report import drawing, grid_figures, statistics, words
+from fedsim.report import drawing, grid_figures, grid_panels, statistics, words
 from fedsim.report.drawing import Floats
 from fedsim.report.grid_cut import Slice, counted, interval, records
-from fedsim.report.grid_figures import Band, Line, Panel, Picture, Point, Steps
+from fedsim.report.grid_figures import Band, Point, Steps
+from fedsim.report.grid_panels import Line, Panel, Picture
 
 _ROC_POINTS = 101
 _FEW = 5  # up to so many seeds a band is their range, with more the middle half
@@ -31,7 +32,7 @@ Shown = list[tuple[Picture, str, str]]
 
 def pictures(part: Slice) -> Shown:
     """The figures of a slice that there are numbers for."""
-    styles = grid_figures.lines(part.defenses, part.plain)
+    styles = grid_panels.lines(part.defenses, part.plain)
     scored = {run["run"]: found for cell in part.having() for run in records(cell.frame) if (found := _scored(run))}
     return [
         *_survivals(part, styles),
@@ -67,7 +68,7 @@ def _survivals(part: Slice, styles: Mapping[str, Line]) -> Shown:
         "Share of the backdoors still above κ = 50 % by their age, by Kaplan and Meier, with the 95 % band. A tick: "
         "a run that ended with its backdoor alive, which counts as censored."
     )
-    picture = Picture("survival", panels, grid_figures.line_keys(styles))
+    picture = Picture("survival", panels, grid_panels.line_keys(styles))
     return [(picture, "How long the backdoors lived", caption)] if panels else []
 
 
@@ -93,7 +94,7 @@ def _curves(part: Slice, styles: Mapping[str, Line]) -> Shown:
         f"Attack success rate by round: the median over seeds, and a band of their range (of their middle half, if "
         f"there are more than {_FEW}). Shaded: from the first malicious update to the last."
     )
-    picture = Picture("asr_curves", panels, grid_figures.line_keys(styles))
+    picture = Picture("asr_curves", panels, grid_panels.line_keys(styles))
     return [(picture, "ASR round by round", caption)] if panels else []
 
 
@@ -114,12 +115,9 @@ def _band(series: Sequence[pd.Series[float]]) -> Band | None:
     series = [one for one in series if len(one)]
     if not series:
         return None
-    first, last = max(one.index[0] for one in series), min(one.index[-1] for one in series)
-    seen = np.unique(np.concatenate([one.index.to_numpy() for one in series]))
-    rounds = seen[(seen >= first) & (seen <= last)]
+    rounds, values = drawing.aligned([(one.index.to_numpy(), one.to_numpy()) for one in series])
     if not len(rounds):
         return None
-    values = np.array([np.interp(rounds, one.index.to_numpy(), one.to_numpy()) for one in series])
     outer = (0, 100) if len(series) <= _FEW else (25, 75)
     kept = [pd.Series(q, index=rounds) for q in (np.median(values, axis=0), *np.percentile(values, outer, axis=0))]
     (x, middle), (_, low), (_, high) = map(drawing.stretches, kept)
@@ -135,7 +133,7 @@ def _prices(part: Slice, styles: Mapping[str, Line]) -> Shown:
             points.append(Point(cell.attack, cell.defense, x, y))
     if not points:
         return []
-    shapes = grid_figures.markers(list(dict.fromkeys(point.attack for point in points)))
+    shapes = grid_panels.markers(list(dict.fromkeys(point.attack for point in points)))
     label = f"Main accuracy against attack success rate at the end, {counted(len(points), 'row')}"
     draw = partial(grid_figures.tradeoff, points=points, drawn=styles, shapes=shapes)
     keys = grid_figures.tradeoff_keys(styles, shapes)
@@ -201,7 +199,7 @@ def _detection(part: Slice, styles: Mapping[str, Line], found: Mapping[str, _Sco
     )
     if silent:
         caption += f" Without a score: {', '.join(name for name in part.defenses if name in silent)}."
-    keys = grid_figures.line_keys({name: line for name, line in styles.items() if name not in silent})
+    keys = grid_panels.line_keys({name: line for name, line in styles.items() if name not in silent})
     return [(Picture("roc", panels, keys), "Who was detected", caption)] if panels else []
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
+import yaml
 from matplotlib.figure import Figure
 
 from fedsim.errors import InputError
+from fedsim.recording.directory import TWIN
 from fedsim.recording.files import write_text
-from fedsim.recording.results import read_run
-from fedsim.recording.summary import SUBMITTED, score_table, summarise
-from fedsim.report import drawing, figures, words
+from fedsim.recording.portable import portable
+from fedsim.recording.runs import read_run, section
+from fedsim.recording.summary import SUBMITTED, score_table, summarise, under_attack
+from fedsim.report import drawing, figures, page, words
 
-_HERE = Path(__file__).parent
 _ROUNDS = ("round", "main_accuracy", "main_loss", "asr", "malicious_submitted")
 _CLIENTS = ("round", "malicious", "accepted", "weight", "update_norm")
 _SECTIONS = ("lifespan", "area", "asr_at", "time_to_inject", "final", "detection")
@@ -34,9 +33,8 @@ class Run:
     """What a run directory holds. finished: whether the run wrote its summary itself."""
 
     name: str
-    config_text: str
-    config: Mapping[str, Any]
-    manifest: Mapping[str, Any]
+    config: dict[str, Any]
+    manifest: dict[str, Any]
     rounds: pd.DataFrame
     clients: pd.DataFrame
     timings: pd.DataFrame | None
@@ -59,7 +57,7 @@ def read(directory: Path) -> Run:
     if rounds.empty:
         raise InputError(f"there is nothing to report in {directory}: no round has ended yet")
     clients = _table(directory / "clients.parquet", _CLIENTS, ("status", "scores"))
-    timings, twin = directory / "timings.parquet", directory / "twin" / "rounds.parquet"
+    timings, twin = directory / "timings.parquet", directory / TWIN / "rounds.parquet"
     twin_rounds = _table(twin, _ROUNDS) if twin.is_file() else None
     said = read_run(directory)
     if said.summary is not None:
@@ -68,7 +66,6 @@ def read(directory: Path) -> Run:
             raise InputError(f"{directory / 'summary.json'} is not the summary of a run: look at {(*wrong, 't0')[0]!r}")
     return Run(
         name=directory.resolve().name,
-        config_text=(directory / "config.yaml").read_text(encoding="utf-8"),
         config=said.config,
         manifest=said.manifest,
         rounds=rounds,
@@ -86,27 +83,17 @@ def write(directory: Path) -> Path:
     drawn = _figures(run)
     for stem, (wide, _) in drawn.items():
         drawing.save(wide, directory / "figures", stem)
-    page = directory / "report.html"
-    write_text(page, render(run, drawn))
-    return page
+    path = directory / "report.html"
+    write_text(path, render(run, drawn))
+    return path
 
 
 def render(run: Run, drawn: Mapping[str, tuple[Figure, Figure]]) -> str:
     """The page. drawn: name of a figure → the figure for wide and for narrow windows."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     timed = run.timings is not None and len(run.timings) > 0
-    return environment.get_template("report.html.jinja").render(
-        style=(_HERE / "report.css").read_text(encoding="utf-8"),
-        script=script,
-        script_hash=digest,
+    return page.render(
+        "report",
+        styles=("report.css",),
         title=str(run.config.get("name") or run.name),
         subtitle=_subtitle(run),
         finished=run.finished,
@@ -114,7 +101,7 @@ def render(run: Run, drawn: Mapping[str, tuple[Figure, Figure]]) -> str:
         verdict=words.verdict(run.summary),
         attacked=run.summary["t0"] is not None,
         tiles=_tiles(run),
-        baseline=words.baseline(_part(run.manifest, "data")),
+        baseline=words.baseline(section(run.manifest, "data")),
         persistence=words.persistence_sections(run.summary, words.counted(run.config)),
         classes=_classes(run),
         stealth=words.stealth_sections(run.summary),
@@ -123,7 +110,7 @@ def render(run: Run, drawn: Mapping[str, tuple[Figure, Figure]]) -> str:
         points=_points(run),
         hidden_scores=max(0, len(run.summary["detection"]["auroc"]) - _MOST_SCORES),
         phases=_phases(run.timings) if timed and run.timings is not None else [],
-        config=words.without_paths(run.config_text),
+        config=yaml.safe_dump(portable(run.config), sort_keys=False, allow_unicode=True),
         facts=_facts(run.manifest),
     )
 
@@ -151,12 +138,10 @@ def _figures(run: Run) -> dict[str, tuple[Figure, Figure]]:
     if len(sent):
         draw["acceptance"] = lambda narrow: figures.acceptance(sent, narrow=narrow)
         draw["norms"] = lambda narrow: figures.norms(sent, narrow=narrow)
-    malicious = sent["malicious"].astype(bool)
-    attacked = sent[sent["round"].isin(sent.loc[malicious, "round"].unique())]
-    table = score_table(attacked).replace([np.inf, -np.inf], np.nan).dropna(axis="columns", how="all")
+    table = score_table(sent[under_attack(sent)]).replace([np.inf, -np.inf], np.nan).dropna(axis="columns", how="all")
     if table.shape[1]:
         shown, aurocs = table.iloc[:, :_MOST_SCORES], run.summary["detection"]["auroc"]
-        draw["scores"] = lambda narrow: figures.scores(shown, malicious, aurocs, narrow=narrow)
+        draw["scores"] = lambda narrow: figures.scores(shown, sent["malicious"].astype(bool), aurocs, narrow=narrow)
     if run.timings is not None and len(run.timings):
         timings = run.timings
         draw["timings"] = lambda narrow: figures.timings(timings, narrow=narrow)
@@ -185,7 +170,7 @@ def _plots(name: str, wide: Figure, narrow: Figure) -> list[dict[str, Any]]:
 def _subtitle(run: Run) -> list[str]:
     """Task, attack, defense, seed: what tells one run from its neighbours."""
 
-    task, attack, named = _part(run.config, "task"), _part(run.config, "attack"), words.named
+    task, attack, named = section(run.config, "task"), section(run.config, "attack"), words.named
     parts = [" / ".join(part for part in (named(task.get("data")), named(task.get("model"))) if part)]
     if attack:
         choices = (named(attack), named(attack.get("trigger")), named(attack.get("schedule")))
@@ -193,19 +178,13 @@ def _subtitle(run: Run) -> list[str]:
     parts.append("defense " + (named(run.config.get("defense")) or "none"))
     if "seed" in run.config:
         parts.append(f"seed {run.config['seed']}")
-    return [words.without_paths(part) for part in parts if part]
-
-
-def _part(mapping: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A section of a config or manifest; empty if it is not one."""
-    value = mapping.get(key)
-    return value if isinstance(value, Mapping) else {}
+    return [portable(part) for part in parts if part]
 
 
 def _classes(run: Run) -> words.Section | None:
     """The accuracy per class at the end of the run, with names as far as the manifest has them."""
-    names = _part(run.manifest, "data").get("class_names")
-    target = _part(_part(run.config, "attack"), "trigger").get("target")
+    names = section(run.manifest, "data").get("class_names")
+    target = section(section(run.config, "attack"), "trigger").get("target")
     return words.class_section(
         run.summary["final"].get("class_accuracy"),
         names if isinstance(names, list) else (),
@@ -287,7 +266,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Key and value a line, nested keys joined by dots; a table of many keys (who attacked when) is one line."""
     rows: list[tuple[str, str]] = []
     for key, item in value.items():
-        name = words.without_paths(f"{prefix}{key}")
+        name = portable(f"{prefix}{key}")
         if isinstance(item, Mapping) and len(item) <= _MOST_KEYS:
             rows += _flat(item, f"{prefix}{key}.")
         else:

@@ -17,7 +17,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from fedsim.recording.results import LABELS, SPANS
+from fedsim.recording.labels import LABELS
+from fedsim.recording.results import MEASURES, SPANS
 
 Floats = NDArray[np.float64]
 
@@ -27,28 +28,15 @@ LEVEL = 0.95
 FEWEST_PAIRS = 6
 """Of fewer no test is made: no two-sided test on the signs of 5 pairs can reach p < 0.05 (2 · 2⁻⁵ = 0.0625)."""
 
-SUMMARISED = (
-    "main_accuracy",
-    "perplexity",
-    "asr",
-    "asr_floor",
-    "twin_accuracy",
-    "stealth_final",
-    "stealth_attack_rounds",
-    "area_10",
-    "area_50",
-    "area_100",
-    "area_250",
-    "area_500",
-    "area_1000",
-    "tpr",
-    "fpr",
-    "fpr_attack_rounds",
-    "malicious_weight",
-    "auroc",
-    "seconds",
+SUMMARISED = tuple(
+    measure
+    for measure in MEASURES
+    if measure not in SPANS and not measure.startswith(("main_loss", "asr_at_", "time_to_inject_"))
 )
-"""What :func:`summary_by_row` gives a median and an interval of; numbers of rounds (``SPANS``) come after it."""
+"""What :func:`summary_by_row` gives a median and an interval of; numbers of rounds (``SPANS``) come after it.
+
+Not of the submissions until a backdoor took: a median over the seeds in which it did would pass over the others.
+"""
 
 _TOLERANCE = 1e-12  # a product of shares that ought to be one half
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from fedsim.recording.portable import portable
 
 ABSENT = "—"
 """Stands where a number is unknown or meaningless."""
@@ -304,15 +305,6 @@ def stealth_sections(summary: Mapping[str, Any]) -> tuple[Section, ...]:
     return tuple(sections)
 
 
-_UNIX = re.compile(r"(?<![\w./:~…-])/(?:[^/\s'\",:;]+/)+([^/\s'\",:;]*)")
-_WINDOWS = re.compile(r"\b[A-Za-z]:\\(?:[^\\\s'\"]+\\)*([^\\\s'\"]*)")
-
-
-def without_paths(text: str) -> str:
-    """``text`` with absolute paths cut down to their last part, so that a report names no machine or user."""
-    return _WINDOWS.sub(r"…/\1", _UNIX.sub(r"…/\1", text))
-
-
 _LONG = 24  # so many items of a list are shown
 
 
@@ -325,10 +317,10 @@ def plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Mapping):
-        return _cut([f"{without_paths(str(key))}: {plain(item)}" for key, item in value.items()])
+        return _cut([f"{portable(str(key))}: {plain(item)}" for key, item in value.items()])
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _cut([plain(item) for item in value])
-    return without_paths(str(value)) or ABSENT
+    return portable(str(value)) or ABSENT
 
 
 def _cut(items: list[str]) -> str:
@@ -338,3 +330,12 @@ def _cut(items: list[str]) -> str:
 
 def _count(value: int | None) -> str:
     return ABSENT if value is None else str(value)
+
+
+def clock(seconds: float | None) -> str:
+    """A duration as 1:02:03, 2:03, or ? where it is not known."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -64,7 +64,7 @@ class Partition(Plugin):
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars, retries
             warnings.simplefilter("ignore")
             try:
-                parts = [np.asarray(partitioner.load_partition(i)["index"]) for i in range(clients)]
+                parts = [np.asarray(partitioner.load_partition(i)["index"][:]) for i in range(clients)]
             except ValueError as error:
                 reason = " ".join(str(error).split())[:300].rstrip(".")
                 raise InputError(

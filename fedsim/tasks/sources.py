@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import importlib.metadata
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,11 +20,12 @@ from fedsim.errors import InputError, Problem
 from fedsim.plugins import Parameters, parameter, register
 from fedsim.streams import numpy_generator
 from fedsim.tasks.base import Dataset
+from fedsim.tasks.installed import Card, held_out
+from fedsim.tasks.tables import file_problems, integers, matching, numbered, read_columns, read_split
 
 if TYPE_CHECKING:  # the readers import what they need: the engine itself runs without Parquet or Pillow
     import pyarrow as pa
 
-T = TypeVar("T")
 _MOST_EMPTY = 1000  # classes that nobody has named, if there are fewer images
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -134,51 +132,6 @@ def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 # ------------------------------------------------------------------------ data that arrives with a package
 
 
-@dataclass(frozen=True)
-class Card(Generic[T]):
-    """A data set inside an installed distribution: read from its files without importing the package.
-
-    distribution, file: which file of which installed package. reader: makes the data of its bytes.
-    licence: of the data. citation: whose it is.
-    """
-
-    distribution: str
-    file: str
-    reader: Callable[[bytes], T]
-    licence: str
-    citation: str
-
-    def read(self) -> T:
-        """What ``reader`` makes of the file.
-
-        Raises
-        ------
-        InputError: the distribution or the file is not there, or the file is damaged.
-        """
-        try:
-            files = importlib.metadata.distribution(self.distribution).files or []
-        except importlib.metadata.PackageNotFoundError:
-            raise InputError(f"the data lies in {self.distribution!r}; pip install {self.distribution}") from None
-        path = next((f.locate() for f in files if f.as_posix() == self.file), None)
-        if path is None or not Path(str(path)).is_file():
-            raise InputError(f"{self.distribution!r} is installed, but {self.file} is not in it; reinstall it")
-        try:
-            return self.reader(Path(str(path)).read_bytes())
-        except Exception as error:
-            raise InputError(
-                f"{self.file} of {self.distribution!r} cannot be read ({type(error).__name__}: {error}); reinstall it"
-            ) from None
-
-    def source(self, name: str) -> dict[str, Any]:
-        """What the manifest says of the data set that is called ``name``."""
-        return {
-            "name": name,
-            "distribution": f"{self.distribution} {importlib.metadata.version(self.distribution)}",
-            "licence": self.licence,
-            "citation": self.citation,
-        }
-
-
 def _csv_digits(scale: float, side: int) -> Callable[[bytes], tuple[Tensor, Tensor]]:
     """Reader of gzipped CSV rows: side² pixels, then the label; pixels are multiplied by ``scale``.
 
@@ -186,23 +139,11 @@ def _csv_digits(scale: float, side: int) -> Callable[[bytes], tuple[Tensor, Tens
     """
 
     def read(raw: bytes) -> tuple[Tensor, Tensor]:
-        rows = csv.reader(io.StringIO(gzip.decompress(raw).decode("ascii")))
-        table = np.array([[float(cell) for cell in row] for row in rows])
+        table = np.loadtxt(io.StringIO(gzip.decompress(raw).decode("ascii")), delimiter=",")
         pixels = np.rint(table[:, :-1] * scale).astype(np.uint8).reshape(-1, 1, side, side)
         return torch.from_numpy(pixels), torch.from_numpy(table[:, -1].astype(np.int64))
 
     return read
-
-
-def held_out(labels: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Which examples to test on, bool (N,): a random ``fraction`` of every class of ``labels`` (N,)."""
-    held: list[int] = []
-    for label in sorted(set(labels.tolist())):
-        rows = np.flatnonzero(labels.numpy() == label)
-        held += rng.permutation(rows)[: round(fraction * len(rows))].tolist()
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    mask[held] = True
-    return mask
 
 
 @dataclass(frozen=True)
@@ -264,10 +205,44 @@ class ColumnParameters(Parameters):
     classes: int | None = parameter(None, "number of classes; null: the largest label + 1", ge=2)
 
 
-def _shape_problems(parameters: Any) -> list[Problem]:
-    if parameters.shape is None or len(parameters.shape) == 3:
-        return []
-    return [Problem("shape", f"{parameters.shape} is not [C, H, W]; give channels, height and width")]
+class ImageTable(Dataset):
+    """Base of the data sets with an image in every row of a table."""
+
+    tasks = ("vision",)
+
+    @classmethod
+    def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
+        shape = parameters.shape
+        if shape is None or len(shape) == 3:
+            return []
+        return [Problem("shape", f"{shape} is not [C, H, W]; give channels, height and width")]
+
+    def columns(self) -> list[str]:
+        """The columns to read."""
+        p = self.parameters
+        return [p.image, p.label, *([p.user] if p.user else [])]
+
+    def examples(self, tables: Iterable[tuple[pa.Table, str]]) -> Examples:
+        """What named tables hold, one after the other.
+
+        Raises
+        ------
+        InputError: a column holds what it cannot, or the tables' images differ in size.
+        """
+        p = self.parameters
+        images, labels, owners, names = [], [], [], []
+        for table, name in tables:
+            shape = None if p.shape is None else tuple(p.shape)
+            images.append(decode_images(table[p.image], source=name, shape=shape))
+            labels.append(integers(table[p.label], name, p.label))
+            names.append(name)
+            if p.user:
+                owners.append(table[p.user])
+        if len({part.shape[1:] for part in images}) > 1:
+            sizes = ", ".join(f"{name} {tuple(part.shape[1:])}" for name, part in zip(names, images, strict=True))
+            raise InputError(f"task.data: the files hold images of different sizes: {sizes}")
+        users = numbered(owners, p.user, ", ".join(names)) if p.user else None
+        return Examples(torch.cat(images), torch.cat(labels), users)
 
 
 @dataclass(frozen=True)
@@ -278,134 +253,23 @@ class ParquetParameters(ColumnParameters):
 
 
 @register("parquet")
-class ParquetDirectory(Dataset):
+class ParquetDirectory(ImageTable):
     """Images in a local directory of Parquet files."""
 
     Parameters = ParquetParameters
-    tasks = ("vision",)
 
     @classmethod
     def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
-        return _shape_problems(parameters) + file_problems(parameters)
+        return super().problems(parameters, experiment) + file_problems(parameters)
 
     def load(self) -> Data:
-        train, test = (self._read(getattr(self.parameters, part)) for part in ("train", "test"))
-        return make_data(train, test, {"name": "parquet", "user": self.parameters.user}, self.parameters.classes)
+        p = self.parameters
+        train, test = (self._read(pattern) for pattern in (p.train, p.test))
+        return make_data(train, test, {"name": "parquet", "user": p.user}, p.classes)
 
     def _read(self, pattern: str) -> Examples:
-        p = self.parameters
-        paths = matching(p.path, pattern)
-        images, labels, owners = zip(*(self._read_file(path) for path in paths), strict=True)
-        try:
-            inputs = torch.cat(images)
-        except RuntimeError:
-            sizes = ", ".join(f"{path.name} {tuple(i.shape[1:])}" for path, i in zip(paths, images, strict=True))
-            raise InputError(f"task.data: the files hold images of different sizes: {sizes}") from None
-        users = None if p.user is None else numbered(owners, p.user, ", ".join(path.name for path in paths))
-        return Examples(inputs, torch.cat(labels), users)
-
-    def _read_file(self, path: Path) -> tuple[Tensor, Tensor, pa.ChunkedArray | None]:
-        """Images, labels, and the owners as the file has them."""
-        p = self.parameters
-        table = read_columns(path, [p.image, p.label, *([p.user] if p.user else [])])
-        shape = None if p.shape is None else tuple(p.shape)
-        images = decode_images(table[p.image], source=path.name, shape=shape)
-        return images, integers(table[p.label], path.name, p.label), table[p.user] if p.user else None
-
-
-def file_problems(parameters: Any, *, disjoint: bool = True) -> list[Problem]:
-    """What is wrong with the ``path``, and the patterns ``train`` and ``test`` (null: none), of a directory.
-
-    disjoint: no file may be in both parts.
-    """
-    root = Path(parameters.path).expanduser()
-    if not root.is_dir():
-        message = f"there is no directory {parameters.path!r}; give the one that holds the files"
-        return [Problem("path", message, absent=True)]
-    found = []
-    patterns = {key: getattr(parameters, key) for key in ("train", "test") if getattr(parameters, key) is not None}
-    files = {key: _matches(root, pattern) for key, pattern in patterns.items()}
-    for key, paths in files.items():
-        if not paths:
-            message = f"no file in {parameters.path!r} matches {patterns[key]!r}"
-            found.append(Problem(key, message, absent=True))
-    both = sorted(set(files["train"]) & set(files.get("test", [])))
-    if both and disjoint:
-        found.append(Problem("test", f"{both[0].name} is a training file too; give patterns that do not overlap"))
-    return found
-
-
-def matching(path: str, pattern: str) -> list[Path]:
-    """The files of the directory that match, in order of their names.
-
-    Raises
-    ------
-    InputError: there is none.
-    """
-    paths = _matches(Path(path).expanduser(), pattern)
-    if not paths:
-        raise InputError(f"task.data: no file in {path!r} matches {pattern!r}")
-    return paths
-
-
-def _matches(root: Path, pattern: str) -> list[Path]:
-    """The files in ``root`` that match, in order; none if the pattern is no pattern."""
-    try:
-        return sorted(path for path in root.glob(pattern) if path.is_file())
-    except (OSError, ValueError, NotImplementedError):
-        return []
-
-
-def read_columns(path: Path, wanted: Sequence[str]) -> pa.Table:
-    """Some columns of a Parquet file.
-
-    Raises
-    ------
-    InputError: the file cannot be read, or lacks a column.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        there = pq.read_schema(path).names
-        missing = [name for name in wanted if name not in there]
-        if missing:
-            raise InputError(f"{path.name} has no column {missing[0]!r}; it has: {', '.join(there)}")
-        return pq.read_table(path, columns=list(wanted))
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path.name} cannot be read as Parquet: {error}") from None
-
-
-def integers(column: pa.ChunkedArray, source: str, name: str) -> Tensor:
-    """A column of whole numbers as int64 (N,).
-
-    Raises
-    ------
-    InputError: it holds something else, or nothing in some row.
-    """
-    import pyarrow as pa
-
-    if not pa.types.is_integer(column.type) or column.null_count:
-        raise InputError(f"{source}: column {name!r} must hold whole numbers without gaps, it holds {column.type}")
-    return torch.from_numpy(column.to_numpy().astype(np.int64))
-
-
-def numbered(columns: Sequence[pa.ChunkedArray], name: str, source: str) -> Tensor:
-    """The owners of several files, int64 (N,): whole numbers as they are, text by its place in the sorted list.
-
-    Raises
-    ------
-    InputError: an owner is missing.
-    """
-    import pyarrow as pa
-
-    if any(column.null_count for column in columns):
-        raise InputError(f"{source}: column {name!r} must name an owner in every row, some are missing")
-    if all(pa.types.is_integer(column.type) for column in columns):
-        return torch.cat([integers(column, source, name) for column in columns])
-    text = [str(value) for column in columns for value in column.to_pylist()]
-    numbers = {value: i for i, value in enumerate(sorted(set(text)))}
-    return torch.tensor([numbers[value] for value in text], dtype=torch.int64)
+        files = matching(self.parameters.path, pattern)
+        return self.examples((read_columns(file, self.columns()), file.name) for file in files)
 
 
 @dataclass(frozen=True)
@@ -418,48 +282,16 @@ class HubParameters(ColumnParameters):
 
 
 @register("hub")
-class HuggingFaceHub(Dataset):
+class HuggingFaceHub(ImageTable):
     """Images from the Hugging Face Hub, through ``datasets`` (no remote code is run)."""
 
     Parameters = HubParameters
-    tasks = ("vision",)
-
-    @classmethod
-    def problems(cls, parameters: Any, experiment: Any) -> list[Problem]:
-        return _shape_problems(parameters)
 
     def load(self) -> Data:
-        train, test = self._read(self.parameters.train), self._read(self.parameters.test)
-        source = {"name": "hub", "id": self.parameters.id, "revision": self.parameters.revision}
-        return make_data(train, test, source, self.parameters.classes)
+        p = self.parameters
+        train, test = (self._read(split) for split in (p.train, p.test))
+        return make_data(train, test, {"name": "hub", "id": p.id, "revision": p.revision}, p.classes)
 
     def _read(self, split: str) -> Examples:
-        p = self.parameters
-        table = read_split(p, split, [p.image, p.label, *([p.user] if p.user else [])])[0]
-        source = f"{p.id}, split {split}"
-        shape = None if p.shape is None else tuple(p.shape)
-        images = decode_images(table[p.image], source=source, shape=shape)
-        users = None if p.user is None else numbered([table[p.user]], p.user, source)
-        return Examples(images, integers(table[p.label], source, p.label), users)
-
-
-def read_split(parameters: Any, split: str, wanted: Sequence[str]) -> tuple[pa.Table, Any]:
-    """(table, features) of a split of the hub data set that ``id``, ``config`` and ``revision`` name.
-
-    Raises
-    ------
-    InputError: it cannot be loaded, or lacks a column.
-    """
-    import datasets
-
-    p = parameters
-    try:
-        loaded = datasets.load_dataset(p.id, p.config, split=split, revision=p.revision)
-    except Exception as error:
-        raise InputError(
-            f"task.data: the hub data set {p.id!r}, split {split!r}, cannot be loaded: {' '.join(str(error).split())}"
-        ) from None
-    for name in wanted:
-        if name not in loaded.column_names:
-            raise InputError(f"{p.id} has no column {name!r}; it has: {', '.join(loaded.column_names)}")
-    return loaded.with_format("arrow")[:], loaded.features
+        table, _ = read_split(self.parameters, split, self.columns())
+        return self.examples([(table, f"{self.parameters.id}, split {split}")])

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from fedsim.data import Corpus, Texts
 from fedsim.errors import InputError
-from fedsim.tasks.sources import held_out
+from fedsim.tasks.installed import held_out
 
 
 def by_user(texts: Texts, when: NDArray[Any] | None = None) -> Texts:

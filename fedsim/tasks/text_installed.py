@@ -17,7 +17,7 @@ from fedsim.data import Corpus, Texts
 from fedsim.plugins import Parameters, parameter, register
 from fedsim.streams import numpy_generator
 from fedsim.tasks.base import Dataset
-from fedsim.tasks.sources import Card
+from fedsim.tasks.installed import Card
 from fedsim.tasks.text_corpus import by_user, make_corpus, of_length, split_by_label, split_by_time, split_by_user
 
 

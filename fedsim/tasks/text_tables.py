@@ -15,10 +15,10 @@ from fedsim.errors import InputError, Problem
 from fedsim.plugins import Parameters, parameter, register
 from fedsim.streams import numpy_generator
 from fedsim.tasks.base import Dataset
-from fedsim.tasks.sources import file_problems, integers, matching, numbered, read_columns, read_split
+from fedsim.tasks.tables import file_problems, integers, matching, numbered, read_columns, read_split
 from fedsim.tasks.text_corpus import by_user, make_corpus, of_length, refuse_negative, split_by_label, split_by_time
 
-if TYPE_CHECKING:  # as in sources.py, the readers import what they need
+if TYPE_CHECKING:  # as in tables.py, the readers import what they need
     import pyarrow as pa
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +20,8 @@ from fedsim.layout import FlatModel
 from fedsim.local import LocalSettings
 from fedsim.training import fit
 from fedsim.trigger import StampTrigger
+from tests.support.places import reference_numbers
 
-SHARED = Path(os.environ.get("FEDSIM_SHARED", Path(__file__).parents[2].parent / "shared"))
 CLASSES, TARGET = 4, 0
 
 
@@ -32,14 +29,7 @@ CLASSES, TARGET = 4, 0
 def reference() -> Callable[[str], dict[str, Any]]:
     """Loads a file of reference numbers; skips the test where there are none."""
 
-    def load(name: str) -> dict[str, Any]:
-        path = SHARED / "reference" / "attacks" / f"{name}.json"
-        if not path.is_file():
-            pytest.skip(f"no reference numbers at {path}; set FEDSIM_SHARED to the folder that holds reference/")
-        loaded: dict[str, Any] = json.loads(path.read_text())
-        return loaded
-
-    return load
+    return lambda name: reference_numbers(f"attacks/{name}")
 
 
 class Corner(StampTrigger):

@@ -204,6 +204,9 @@ def test_works_when_training_is_counted_in_steps(
         assert torch.equal(context.global_vector, start), "the global vector is not to be modified"
         return context.model.vector - start
 
+    if name == "perdoor":  # takes steps of its own
+        assert torch.equal(moved(4), moved(6))
+        return
     assert not torch.equal(moved(4), moved(1))
     assert not torch.equal(moved(4), moved(6))
 

@@ -17,14 +17,11 @@ from fedsim.batch import Batch
 from fedsim.layout import FlatModel
 from fedsim.local import LocalSettings
 from fedsim.trigger import StampTrigger
+from tests.support.parity import assert_near, tensor
 
 Reference = Callable[[str], dict[str, Any]]
 Contexts = Callable[..., AttackContext]
 EXACT = 1e-9
-
-
-def tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def tensors(values: dict[str, Any]) -> dict[str, Tensor]:
@@ -33,12 +30,6 @@ def tensors(values: dict[str, Any]) -> dict[str, Tensor]:
 
 def batches(case: dict[str, Any]) -> list[Batch]:
     return [Batch(tensor(b["inputs"]), torch.tensor(b["labels"])) for b in case["batches"]]
-
-
-def near(found: Tensor, expected: Any, tolerance: float = EXACT) -> None:
-    wanted = tensor(expected)
-    assert found.shape == wanted.shape
-    assert bool(((found - wanted).abs() <= tolerance * wanted.abs().clamp_min(1.0)).all())
 
 
 # ------------------------------------------------------------------------------------------------- A3FL
@@ -91,15 +82,16 @@ def test_a3fl(
     context = make_context(a3fl_network(given["start"]), batches(given))
     patch, total = trigger.search(context, trigger.initial(2).double(), *settings["clamp"])
 
-    near(patch, expected["final_trigger_inside_square" if leak else "final_trigger_without_leak_own"])
+    assert_near(patch, expected["final_trigger_inside_square" if leak else "final_trigger_without_leak_own"], EXACT)
     assert torch.equal(context.model.vector, context.global_vector)
     if leak:
-        near(tensor(cosines), [mean for (mean,) in expected["adversarial_model_weights_cosine_per_refresh_own"]])
+        theirs = expected["adversarial_model_weights_cosine_per_refresh_own"]
+        assert len(cosines) == len(theirs)
+        for mine, (mean,) in zip(cosines, theirs, strict=True):
+            assert_near(mine, mean, EXACT)
         for name, place in context.model.layout.slices().items():
-            near(
-                total[place].view_as(wanted := tensor(expected["accumulated_parameter_gradients"][name])),
-                wanted.tolist(),
-            )
+            wanted = tensor(expected["accumulated_parameter_gradients"][name])
+            assert_near(total[place].view_as(wanted), wanted, EXACT)
 
 
 def test_every_case_is_looked_at(reference: Reference) -> None:
@@ -133,9 +125,9 @@ def test_iba(case: int, reference: Reference, make_context: Contexts) -> None:
     }
     adam = torch.optim.Adam(weights.values(), lr=0.001)
     losses = iba.generator_pass(weights, adam, context, target, eps, low, high)
-    near(tensor(losses), expected["generator_losses"])
+    assert_near(losses, expected["generator_losses"], EXACT)
     for name, value in expected["generator_after_one_pass"].items():
-        near(weights[name].detach(), value)
+        assert_near(weights[name].detach(), value, EXACT)
     assert torch.equal(context.model.vector, context.global_vector)
 
     # the code's int(2 · portion) images of each batch of 5: one is a fifth
@@ -152,10 +144,10 @@ def test_iba(case: int, reference: Reference, make_context: Contexts) -> None:
         low,
         high,
     )
-    near(tensor(losses), expected["classifier_losses"])
+    assert_near(losses, expected["classifier_losses"], EXACT)
     named = context.model.layout.unflatten(context.model.vector)
     for name, value in expected["classifier_after_one_pass_using_target_generator"].items():
-        near(named[name], value)
+        assert_near(named[name], value, EXACT)
 
 
 def test_iba_eps_decays_as_theirs(reference: Reference) -> None:
@@ -229,14 +221,18 @@ def test_f3ba_flips(case: int, reference: Reference, make_context: Contexts) -> 
         attack.flip(context, trigger, layout.flatten(previous), linear=True)
     after = layout.unflatten(context.model.vector)
     for name, value in {**expected["after_conv_flip"], **expected["after_fc_flip"]}.items():
-        near(after[name], value)
+        assert_near(after[name], value, EXACT)
     for name in ("conv1.bias", "conv2.bias", "fc1.bias", "fc2.weight", "fc2.bias"):
         assert torch.equal(after[name], before[name])
     changed = {name: int((after[name].sign() != before[name].sign()).sum()) for name in before}
     assert {name: changed[name] for name in expected["sign_changes_per_tensor"]} == expected["sign_changes_per_tensor"]
 
     pairs = [(batch.inputs, trigger.stamp(batch.inputs)) for batch in batches(given)]
-    near(f3ba.change(context.model.module, context.model.module.fc1, pairs), given["expected"]["feature_difference"])
+    assert_near(
+        f3ba.change(context.model.module, context.model.module.fc1, pairs),
+        given["expected"]["feature_difference"],
+        EXACT,
+    )
 
 
 def test_f3ba_trigger_climbs_as_theirs(reference: Reference) -> None:
@@ -263,7 +259,7 @@ def test_f3ba_trigger_climbs_as_theirs(reference: Reference) -> None:
         step=0.1,
         passes=2,
     )
-    near(learnt, given["expected"]["pattern_after_optimisation"])
+    assert_near(learnt, given["expected"]["pattern_after_optimisation"], EXACT)
 
 
 def test_f3ba_trigger_is_the_same_in_pixels(reference: Reference, make_context: Contexts) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from attacks import _threedfed as parts
+from attacks._terms import cosine_slope
 from attacks.chameleon import damping_of, supervised_contrast
-from attacks.darkfed import cosine_slope
 from attacks.layerwise_poisoning import critical, layers_of, rank
 from attacks.perdoor import still
 from fedsim import plugins
@@ -460,38 +460,83 @@ def test_a_decoy_stands_out_in_one_weight_of_the_final_layer_and_has_no_backdoor
 # -------------------------------------------------------------------------------------------------- PerDoor
 
 
-def test_perdoor_moves_the_still_and_unimportant_weights_by_hand(make_context: MakeContext) -> None:
-    """One step of δ · step against the gradient's sign, on weights that both masks allow."""
+@pytest.mark.parametrize("direction", ["sign", "gradient"])
+def test_perdoor_moves_the_still_and_unimportant_weights_by_hand(direction: str, make_context: MakeContext) -> None:
+    """Two steps, each against the summed gradient of both batches, on weights that both masks allow."""
     torch.manual_seed(0)
     model = nn.Linear(3, 4).double()
-    batch = Batch(torch.rand(6, 3, dtype=torch.float64), torch.arange(6) % 4)
+    batches = [Batch(torch.rand(6, 3, dtype=torch.float64), torch.arange(6) % 4) for _ in range(2)]
     aggregate = torch.randn(16, dtype=torch.float64)
-    context = make_context(model, [batch], trigger=White(), last_aggregate=aggregate)
-    plugins.create("attack", "perdoor", movement="last_aggregate", still=0.5, delta=0.2, step=0.5).train(context)
+    context = make_context(model, batches, trigger=White(), last_aggregate=aggregate)
+    values: dict[str, Any] = {"movement": "last_aggregate", "still": 0.5, "delta": 0.2, "step": 0.3, "iterations": 2}
+    plugins.create("attack", "perdoor", **values, direction=direction).train(context)
 
-    def slope(b: Batch) -> Tensor:
-        leaf = context.global_vector.clone().requires_grad_()
+    def slope(b: Batch, vector: Tensor) -> Tensor:
+        leaf = vector.clone().requires_grad_()
         loss = nn.functional.cross_entropy(b.inputs @ leaf[:12].view(4, 3).T + leaf[12:], b.labels)
         return torch.autograd.grad(loss, leaf)[0]
 
-    important = slope(batch).abs()
+    start = context.global_vector
+    important = sum(slope(batch, start).abs() for batch in batches)
+    assert isinstance(important, Tensor)
     small = torch.cat([important[:12] < important[:12].mean(), important[12:] < important[12:].mean()])
     mask = small & torch.isin(torch.arange(16), aggregate.abs().argsort()[:8])
-    expected = -0.1 * slope(White().poison(batch, 3, generator=torch.Generator())).sign() * mask
+    expected = start.clone()
+    for _ in range(2):
+        poisoned = [White().poison(batch, 3, generator=torch.Generator()) for batch in batches]
+        total = sum(slope(batch, expected) for batch in poisoned)
+        assert isinstance(total, Tensor)
+        expected -= 0.06 * (total.sign() if direction == "sign" else total) * mask
     assert 0 < int(mask.sum()) < 8
-    assert torch.allclose(context.model.vector - context.global_vector, expected, atol=1e-15)
+    assert torch.allclose(context.model.vector, expected, atol=1e-15)
+    assert context.metrics == {"perdoor_weights": float(mask.sum())}
+
+
+def test_perdoor_reaches_delta_with_however_few_batches(scene: Scene) -> None:
+    """One small batch and one epoch: the attack's own steps bring weights all the way."""
+    given = scene("groupnorm")
+    given["batches"] = [Batch(given["batches"][0].inputs[:6], given["batches"][0].labels[:6])]
+    update = local_attack("perdoor", **given, epochs=1, delta=0.02, replacement=False).update
+    assert float(update.abs().max()) == pytest.approx(0.02, rel=1e-9)
+
+
+def test_perdoor_whose_steps_end_below_delta_is_refused(tiny: dict[str, Any]) -> None:
+    tiny["attack"].update(name="perdoor", iterations=4, step=0.15)
+    with pytest.raises(FedsimError, match=r"attack.iterations: these steps end at 0.6 δ .*write 7"):
+        load_config(tiny)
+    tiny["attack"].update(iterations=7)
+    load_config(tiny)
+
+
+def test_perdoor_that_would_only_watch_is_refused(tiny: dict[str, Any]) -> None:
+    schedule = {"name": "fixed_frequency", "every": 1, "start": 1, "stop": 2}
+    tiny["attack"].update(name="perdoor", movement="history", window=2, schedule=schedule)
+    with pytest.raises(FedsimError, match=r"attack.window: the schedule has 2 attack rounds, all of them are watched"):
+        load_config(tiny)
+    schedule["stop"] = 3
+    load_config(tiny)
+    tiny["attack"].update(window=50, schedule={"name": "pool", "fraction": 0.5})
+    load_config(tiny)
+
+
+def test_perdoor_without_a_weight_to_move_says_so(make_context: MakeContext) -> None:
+    """Of one weight, none is below the mean."""
+    one = nn.Linear(1, 1, bias=False).double()
+    batch = Batch(torch.ones(2, 1, dtype=torch.float64), torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(RunError, match="use a larger share, still"):
+        plugins.create("attack", "perdoor").train(make_context(one, [batch], trigger=White()))
 
 
 def test_perdoor_stays_within_delta_and_leaves_statistics_alone(scene: Scene) -> None:
     given = scene("batchnorm")
     layout = Layout.of(given["model"])
-    update = local_attack("perdoor", **given, epochs=20, delta=0.01, replacement=False).update
+    update = local_attack("perdoor", **given, delta=0.01, replacement=False).update
     assert float(update.abs().max()) <= 0.01 + 1e-12
     assert float(update.abs().max()) > 0.0099
     moved = int((trained(layout, update) != 0).sum())
     assert 0 < moved <= layout.trainable // 2
     assert not bool(update[layout.trainable :].any())
-    boosted = local_attack("perdoor", **given, epochs=20, delta=0.01, num_examples=5, total_examples=40).update
+    boosted = local_attack("perdoor", **given, delta=0.01, num_examples=5, total_examples=40).update
     assert torch.allclose(boosted, 8 * update)
 
 
@@ -571,8 +616,9 @@ def test_darkfed_cosine_term_holds_the_model(scene: Scene) -> None:
 def test_cosine_slope() -> None:
     weights, centre = number(1.0, 2.0, -1.0).requires_grad_(), number(0.5, 3.0, 1.0)
     (expected,) = torch.autograd.grad(torch.cosine_similarity(weights, centre, dim=0), weights)
-    assert torch.allclose(cosine_slope(weights.detach(), centre), expected)
-    assert torch.equal(cosine_slope(number(0.0, 0.0), number(0.0, 0.0)), number(0.0, 0.0))
+    assert torch.allclose(cosine_slope(weights.detach(), [centre]), expected)
+    for other in (number(0.0, 0.0), number(3.0, 4.0)):
+        assert torch.equal(cosine_slope(number(0.0, 0.0), [other]), number(0.0, 0.0))
 
 
 @pytest.mark.parametrize("shadow", ["smooth", "uniform", "normal"])
@@ -589,13 +635,22 @@ def test_darkfed_shadow_inputs_are_images(shadow: str, make_context: MakeContext
     assert (spread > 0.2) is (shadow == "smooth"), "dark ones and bright ones"
 
 
-def test_darkfed_takes_images_of_another_data_set(scene: Scene, make_context: MakeContext) -> None:
+def test_darkfed_takes_images_of_another_data_set(
+    scene: Scene, make_context: MakeContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads, digits = [], plugins.get("dataset", "digits")
+    original = digits.load
+    monkeypatch.setattr(digits, "load", lambda self: loads.append(self) or original(self))
     attack = plugins.create("attack", "darkfed", images={"name": "digits"}, examples=20)
     batch = Batch(torch.zeros(2, 3, 16, 16), torch.tensor([0, 1]))
     drawn = attack._shadow(make_context(nn.Linear(1, 1), [batch]))
     assert drawn.shape == (20, 3, 16, 16)
     assert bool((drawn[:, 0] == drawn[:, 2]).all())
     assert bool(torch.isfinite(local_attack(attack, **scene("groupnorm")).update).all())
+    context = make_context(nn.Linear(1, 1), [batch])
+    first, second = attack._shadow(context), attack._shadow(context)
+    assert not torch.equal(first, second), "drawn anew each time"
+    assert len(loads) == 1, "and loaded once"
     too_many = plugins.create("attack", "darkfed", images={"name": "digits"}, examples=10**5)
     with pytest.raises(RunError, match="use fewer examples"):
         local_attack(too_many, **scene("groupnorm"))
@@ -725,6 +780,7 @@ def test_the_backdoor_rises_in_a_run(name: str, tmp_path: Path) -> None:
         "schedule": {"name": "continuous", "start": 6, "stop": 8, **schedule},
         "local_epochs": 5,
         "craft": craft,
+        **({"delta": 0.05} if name == "perdoor" else {}),
     }
     run(load_config({**DIGITS, "attack": attack}), out=tmp_path / "run")
     rounds = pd.read_parquet(tmp_path / "run" / "rounds.parquet").set_index("round")

@@ -22,19 +22,9 @@ from attacks._threedfed import (
 )
 from attacks.chameleon import damping_of, supervised_contrast
 from fedsim.layout import Entry, Layout
+from tests.support.parity import assert_near, tensor
 
 Reference = Callable[[str], dict[str, Any]]
-
-
-def number(value: Any) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
-def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
-    """Within ``tolerance · max(1, |expected|)``."""
-    want = torch.as_tensor(expected, dtype=torch.float64)
-    error = ((torch.as_tensor(actual, dtype=torch.float64) - want).abs() / want.abs().clamp_min(1)).max()
-    assert float(error) <= tolerance, f"off by {float(error):.3g}"
 
 
 # ---------------------------------------------------------------------------------------------- Chameleon
@@ -45,7 +35,7 @@ def test_chameleon_loss_and_gradient(reference: Reference, index: int) -> None:
     case = reference("chameleon")["cases"][index]
     settings, labels = case["settings"], torch.tensor(case["labels"])
     assert settings["temperature"] == settings["base_temperature"], "their ratio, a factor on the loss, is 1"
-    raw = number(case["raw"]).requires_grad_()
+    raw = tensor(case["raw"]).requires_grad_()
     poisoned, factor = settings["first_rows_counted_as_poison"], settings["down_scale_weight"]
     loss = supervised_contrast(
         F.normalize(raw, dim=1),
@@ -57,8 +47,8 @@ def test_chameleon_loss_and_gradient(reference: Reference, index: int) -> None:
     )
     loss.backward()
     assert raw.grad is not None
-    assert_close(loss.item(), case["expected"]["loss"], 1e-6)
-    assert_close(raw.grad, case["expected"]["gradient_wrt_raw"], 1e-6)
+    assert_near(loss.item(), case["expected"]["loss"], 1e-6)
+    assert_near(raw.grad, case["expected"]["gradient_wrt_raw"], 1e-6)
 
 
 # --------------------------------------------------------------------------------------------------- 3DFed
@@ -70,7 +60,7 @@ MASKED = [(0, 0), (0, 1), (1, 0)]
 def layout_of(update: dict[str, Any]) -> Layout:
     entries, start = [], 0
     for name, value in update.items():
-        entry = Entry(name, tuple(number(value).shape), start, True)
+        entry = Entry(name, tuple(tensor(value).shape), start, True)
         entries.append(entry)
         start = entry.stop
     return Layout(tuple(entries))
@@ -83,7 +73,7 @@ def masks_of(case: dict[str, Any], group: int, *, zero_sum: bool) -> tuple[Tenso
     name = settings["final_layer"]
 
     def rows(tensors: dict[str, Any]) -> Tensor:
-        weight, bias = (number(tensors[f"{name}.{part}"]) for part in ("weight", "bias"))
+        weight, bias = (tensor(tensors[f"{name}.{part}"]) for part in ("weight", "bias"))
         return torch.cat([weight, bias[:, None]], dim=1)[neurons]
 
     # their noise overwrites the global layer by adding the difference: what that rounds is the first sum's direction
@@ -108,8 +98,8 @@ def test_threedfed_constraint(reference: Reference, index: int, group: int) -> N
     case = reference("threedfed")["cases"][index]
     _, masks, multiplier = masks_of(case, group, zero_sum=False)
     given = case["groups"][group]
-    assert_close(torch.linalg.vector_norm(masks.sum(dim=0)), given["final_constraint_norm"], 1e-9)
-    assert_close(multiplier, given["final_multiplier"], 1e-9)
+    assert_near(torch.linalg.vector_norm(masks.sum(dim=0)), given["final_constraint_norm"], 1e-9)
+    assert_near(multiplier, given["final_multiplier"], 1e-9)
 
 
 @pytest.mark.parametrize(("index", "group"), MASKED)
@@ -128,7 +118,7 @@ def test_threedfed_submitted_updates(reference: Reference, index: int) -> None:
     layout = layout_of(case["backdoor_update"])
     entries = {entry.name: entry for entry in layout.entries}
     weight, bias = (entries[f"{settings['final_layer']}.{part}"] for part in ("weight", "bias"))
-    base = layout.flatten({name: number(value) for name, value in case["backdoor_update"].items()})
+    base = layout.flatten({name: tensor(value) for name, value in case["backdoor_update"].items()})
     quiet = entries[settings["indicator_layer"]]
     sent = {}
     for mask_number, client in enumerate(case["adversary_order_mask_to_client"]):
@@ -140,17 +130,17 @@ def test_threedfed_submitted_updates(reference: Reference, index: int) -> None:
         where[tuple(case["indicator_positions"][client])] = 1
         position = quiet.start + int(where.argmax())
         value = implant(row, position, least=1e-2 if settings["task"] == "MNIST" else 1e-3)
-        assert_close(value, expected["indicator_values"][client], 1e-12)
+        assert_near(value, expected["indicator_values"][client], 1e-12)
         sent[client] = layout.unflatten(row)
     for client, tensors in enumerate(expected["submitted_updates"]):
         for name, value in tensors.items():
-            assert_close(sent[client][name], value, 1e-9)
+            assert_near(sent[client][name], value, 1e-9)
     groups = range(len(case["groups"]))
     total = torch.stack([torch.zeros(weight.shape[0], weight.shape[1] + 1, dtype=torch.float64) for _ in groups])
     for group in groups:
         neurons, masks, _ = masks_of(case, group, zero_sum=False)
         total[group, neurons] = masks.sum(dim=0)
-    assert_close(torch.linalg.vector_norm(total.sum(dim=0)), expected["norm_of_sum_of_masks"], 1e-9)
+    assert_near(torch.linalg.vector_norm(total.sum(dim=0)), expected["norm_of_sum_of_masks"], 1e-9)
     assert torch.equal(neuron_rows(base, weight, bias)[:, -1], base[bias.start : bias.stop])
 
 
@@ -182,16 +172,16 @@ def test_threedfed_tuning(reference: Reference, index: int) -> None:
         midpoint,
         low=0.2,  # the file's; its released configurations have 0
     )
-    assert_close(alpha, case["alpha_after"], 1e-9)
+    assert_near(alpha, case["alpha_after"], 1e-9)
     assert decoys == case["decoys_after"]
-    assert_close(number(drawn), number(case["uniform_draw_intervals"]), 1e-9) if drawn else None
+    assert_near(tensor(drawn), tensor(case["uniform_draw_intervals"]), 1e-9) if drawn else None
     assert len(drawn) == len(case["uniform_draw_intervals"])
 
 
 def test_threedfed_decoy_coordinates(reference: Reference) -> None:
     """The three smallest; the authors' code keeps positions of others, by an error in its indices."""
     case = reference("threedfed")["decoy_parameter_choice"]
-    backdoor, benign = number(case["backdoor"]), number(case["benign"])
+    backdoor, benign = tensor(case["backdoor"]), tensor(case["benign"])
     found = decoy_coordinates(backdoor.flatten(), benign.flatten(), case["k"])
     pairs = [list(divmod(position, backdoor.shape[1])) for position in found.tolist()]
     assert sorted(pairs) == sorted(case["true_three_smallest"])

@@ -15,6 +15,7 @@ from fedsim.batch import Batch
 from fedsim.defense import Defense
 from fedsim.direct import LocalAttack, aggregate, local_attack
 from fedsim.layout import FlatModel
+from tests.support.parity import assert_near
 
 Reference = Callable[[str], dict[str, Any]]
 
@@ -36,14 +37,6 @@ def started(model: nn.Module, start: dict[str, Any]) -> nn.Module:
     model = model.double()
     model.load_state_dict({name: number(value) for name, value in start.items()})
     return model
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Any], tolerance: float) -> None:
-    """Tensor by tensor, within ``tolerance · max(1, |expected|)``."""
-    for name, value in expected.items():
-        want = number(value)
-        error = ((actual[name] - want).abs() / want.abs().clamp_min(1)).max()
-        assert error <= tolerance, f"{name} is off by {float(error):.3g}"
 
 
 def named(model: nn.Module, vector: Tensor) -> dict[str, Tensor]:
@@ -139,7 +132,7 @@ def test_anticipate(reference: Reference, name: str, checkpoint: bool) -> None:
     case = next(case for case in reference("anticipate")["cases"] if case["name"] == name)
     loss = FlatLabels() if name == "embedding_lstm_lm" else nn.CrossEntropyLoss()
     result = run_anticipate(case, ANTICIPATE[name](), loss, checkpoint=checkpoint)
-    assert_close(result.state_dict, case["expected"], 1e-10)
+    assert_near(result.state_dict, case["expected"], 1e-10)
     for buffer in case.get("buffer_names", []):
         assert torch.equal(result.state_dict[buffer], number(case["start"][buffer])), "sent exactly as received"
 
@@ -148,7 +141,7 @@ def test_anticipate(reference: Reference, name: str, checkpoint: bool) -> None:
 def test_anticipate_mlp(reference: Reference, index: int) -> None:
     case = reference("anticipate_mlp")["cases"][index]
     model = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 4))
-    assert_close(run_anticipate(case, model, nn.CrossEntropyLoss()).state_dict, case["expected"], 1e-10)
+    assert_near(run_anticipate(case, model, nn.CrossEntropyLoss()).state_dict, case["expected"], 1e-10)
 
 
 class Given(Attack):
@@ -187,7 +180,7 @@ def test_anticipate_server(reference: Reference, name: str) -> None:
     clip = settings["clip_norm"]
     defense = Defense() if clip is None else plugins.create("defense", "norm_clipping", bound=clip)
     result = aggregate(defense, updates=torch.stack(rows), global_vector=base)
-    assert_close(layout.unflatten(base + result.vector), case["expected"]["global_after"], 1e-12)
+    assert_near(layout.unflatten(base + result.vector), case["expected"]["global_after"], 1e-12)
 
 
 class Neurotoxin(nn.Module):
@@ -226,7 +219,7 @@ def test_neurotoxin(reference: Reference, make_context: Callable[..., AttackCont
     gradient = attack.gradient(context)
     mask = attack.mask(gradient, context)
     layout = context.model.layout
-    assert_close(layout.unflatten(gradient), expected["accumulated_clean_gradient"], 1e-10)
+    assert_near(layout.unflatten(gradient), expected["accumulated_clean_gradient"], 1e-10)
     for name, view in layout.unflatten(mask).items():
         assert torch.equal(view.reshape(-1), number(expected["mask"][name])), name
         assert view.sum() == expected["kept_per_tensor"][name]
@@ -242,14 +235,14 @@ def test_neurotoxin(reference: Reference, make_context: Callable[..., AttackCont
         benign_batches=benign,
         **parameters,
     )
-    assert_close(result.state_dict, expected["params_after_poison_training"], 1e-10)
+    assert_near(result.state_dict, expected["params_after_poison_training"], 1e-10)
     moved = float(result.update[mask == 0].abs().max())
     assert moved == pytest.approx(expected["largest_movement_of_masked_out_coordinate"], abs=1e-10)
     norm = float(torch.linalg.vector_norm(result.update))
     assert norm == pytest.approx(expected["update_norm_before_clip"], abs=1e-10)
     clipped = aggregate("norm_clipping", updates=result.update[None], bound=settings["s_norm"]).vector
     start = FlatModel(model).vector
-    assert_close(named(model, start + clipped), expected["params_after_server_clip"], 1e-10)
+    assert_near(named(model, start + clipped), expected["params_after_server_clip"], 1e-10)
 
 
 class TwoLayers(nn.Module):
@@ -303,11 +296,11 @@ def test_model_replacement(reference: Reference, name: str, attack: str) -> None
     start = FlatModel(model).vector
     # one attacker submits for all of them: boosted by scale / m and sent m times; the baseline sends its model m times
     sent = run(adversaries if settings["baseline"] else settings["scale_weights"])
-    assert_close(run(1.0).state_dict, expected["params_before_scaling"], 1e-9)
-    assert_close(sent.state_dict, expected["submitted_model"], 1e-9)
-    assert_close(named(model, sent.update), expected["update_added_to_accumulator"], 1e-9)
+    assert_near(run(1.0).state_dict, expected["params_before_scaling"], 1e-9)
+    assert_near(sent.state_dict, expected["submitted_model"], 1e-9)
+    assert_near(named(model, sent.update), expected["update_added_to_accumulator"], 1e-9)
     after = start + sent.update * settings["eta"] / settings["number_of_total_participants"]
-    assert_close(named(model, after), expected["global_after_server_with_only_this_update"], 1e-9)
+    assert_near(named(model, after), expected["global_after_server_with_only_this_update"], 1e-9)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
@@ -334,11 +327,11 @@ def test_pgd(reference: Reference, index: int) -> None:
         )
 
     trained = run(False)
-    assert_close(trained.state_dict, expected["params_after_training"], 1e-10)
+    assert_near(trained.state_dict, expected["params_after_training"], 1e-10)
     distance = float(torch.linalg.vector_norm(trained.update))
     assert distance == pytest.approx(expected["distance_to_global"], abs=1e-10)
     submitted = run(settings["model_replacement"])
-    assert_close(submitted.state_dict, expected["params_submitted"], 1e-10)
+    assert_near(submitted.state_dict, expected["params_submitted"], 1e-10)
 
 
 class Tensors(nn.Module):
@@ -360,8 +353,8 @@ def test_single_shot_scale_100(reference: Reference) -> None:
     empty = [Batch(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))]
     given = Given(FlatModel(model).layout.flatten({key: number(value) for key, value in local.items()}))
     sent = local_attack(given, model, empty, craft=[scale])
-    assert_close(sent.state_dict, case["submitted"], 1e-12)
+    assert_near(sent.state_dict, case["submitted"], 1e-12)
     updates = torch.zeros(case["no_models"], start.shape[0], dtype=torch.float64)
     updates[0] = sent.update
     after = start + case["eta"] * aggregate(Defense(), updates=updates).vector
-    assert_close(named(model, after), case["expected_global_after"], 1e-12)
+    assert_near(named(model, after), case["expected_global_after"], 1e-12)

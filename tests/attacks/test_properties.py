@@ -488,6 +488,18 @@ def test_pgd_stays_in_the_ball(scene: Scene) -> None:
     assert float(update[:trainable].abs().max()) <= 0.001 + 1e-12
 
 
+def test_pgd_stays_in_the_ball_when_training_ends_within_an_epoch(scene: Scene, make_context: MakeContext) -> None:
+    """Of six steps, four are an epoch; the last is neither a tenth batch nor the last of an epoch."""
+    given_scene = scene("groupnorm")
+    settings = LocalSettings(lr=0.1, momentum=0.9, steps=6)
+    context = make_context(
+        given_scene["model"], given_scene["batches"], trigger=given_scene["trigger"], settings=settings
+    )
+    plugins.create("attack", "pgd", eps=0.001).train(context)
+    moved = context.model.weights - context.global_weights
+    assert float(moved.norm()) == pytest.approx(0.001)
+
+
 def test_pgd_linf_has_a_learning_rate_of_its_own(scene: Scene) -> None:
     options: list[dict[str, float]] = [{"lr": 0.1, "momentum": 0.0}, {"lr": 5.0, "momentum": 0.9, "weight_decay": 0.1}]
     first, second = (attack(scene(), "pgd", norm="linf", **option).update for option in options)

@@ -20,7 +20,7 @@ from fedsim.attack import AttackContext, CoordinationKnowledge, Knowledge
 from fedsim.batch import Batch
 from fedsim.config import load_config
 from fedsim.direct import local_attack
-from fedsim.errors import RunError
+from fedsim.errors import ConfigError, RunError
 from fedsim.experiment import run
 
 Reference = Callable[[str], dict[str, Any]]
@@ -357,6 +357,22 @@ def test_they_train_without_the_trigger(name: str, scene: Scene) -> None:
         honest = local_attack("data_poisoning", **{**given, "trigger": None, "batches": flipped}, epochs=2).update
     if name != "gaussian_noise":
         assert torch.equal(made, -honest if name == "sign_flip" else honest)
+
+
+@pytest.mark.parametrize("values", [{"name": "ipm"}, {"name": "sign_flip", "of": "mean"}, {"name": "mimic"}])
+def test_craft_steps_that_would_be_replaced_are_refused(values: dict[str, Any], tiny: dict[str, Any]) -> None:
+    tiny["attack"] = {**values, "schedule": {"name": "continuous"}, "trigger": {"name": "patch", "size": 3}}
+    load_config(tiny)
+    tiny["attack"]["craft"] = ["scale"]
+    with pytest.raises(ConfigError, match=r"attack.craft: of no effect: .* write attack.craft: \[\]"):
+        load_config(tiny)
+
+
+@pytest.mark.parametrize("values", [{"name": "alie"}, {"name": "sign_flip"}, {"name": "min_max", "sees": "colluders"}])
+def test_craft_steps_on_what_the_colluders_see_are_not(values: dict[str, Any], tiny: dict[str, Any]) -> None:
+    tiny["attack"] = {**values, "schedule": {"name": "continuous"}, "trigger": {"name": "patch", "size": 3}}
+    tiny["attack"]["craft"] = ["scale"]
+    assert load_config(tiny).attack is not None
 
 
 def test_in_a_run_the_colluder_sends_what_a_benign_client_sends(tiny: dict[str, Any], tmp_path: Path) -> None:

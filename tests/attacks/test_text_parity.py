@@ -15,16 +15,9 @@ from fedsim.attack import AttackContext
 from fedsim.batch import IGNORE, Batch
 from fedsim.direct import local_attack
 from fedsim.tasks.text import WordLoss
+from tests.support.parity import assert_near, tensor
 
 Reference = Callable[[str], dict[str, Any]]
-
-
-def assert_close(actual: dict[str, Tensor], expected: dict[str, Any], tolerance: float) -> None:
-    """Tensor by tensor, within ``tolerance · max(1, |expected|)``."""
-    for name, value in expected.items():
-        want = torch.tensor(value, dtype=torch.float64)
-        error = ((actual[name] - want).abs() / want.abs().clamp_min(1)).max()
-        assert error <= tolerance, f"{name} is off by {float(error):.3g}"
 
 
 def windows(columns: list[list[int]], length: int, *, carried: bool) -> Iterator[Batch]:
@@ -63,7 +56,7 @@ def test_neurotoxin_next_word(reference: Reference, make_context: Callable[..., 
         dropout=0.0,
     )
     model = network.build(settings["vocabulary"], settings["window"], 0).double()
-    start = {name: torch.tensor(value, dtype=torch.float64) for name, value in case["start"].items()}
+    start = {name: tensor(value) for name, value in case["start"].items()}
     assert set(model.state_dict()) - set(start) == {"decoder.weight"}, "the other name of the embedding"
     model.load_state_dict(start, strict=False)
     length = settings["window"]
@@ -88,14 +81,14 @@ def test_neurotoxin_next_word(reference: Reference, make_context: Callable[..., 
     mask = attack.mask(gradient, context)
     layout = context.model.layout
     assert {entry.name for entry in layout.entries} == set(expected["mask"]), "the tied weights are there once"
-    assert_close(layout.unflatten(gradient), expected["accumulated_clean_gradient"], 1e-10)
+    assert_near(layout.unflatten(gradient), expected["accumulated_clean_gradient"], 1e-10)
     for name, view in layout.unflatten(mask).items():
         assert view.flatten().tolist() == expected["mask"][name], name
 
     result = local_attack(
         "neurotoxin", model, poisoned, loss=loss, lr=settings["lr"], benign_batches=clean, **parameters
     )
-    assert_close(result.state_dict, expected["params_after"], 1e-10)
+    assert_near(result.state_dict, expected["params_after"], 1e-10)
     assert torch.equal(result.state_dict["decoder.weight"], result.state_dict["encoder.weight"])
     norm = float(torch.linalg.vector_norm(result.update))
     assert norm == pytest.approx(expected["update_norm"], abs=1e-10)

@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from attacks.anticipate import AnticipateParameters
-from fedsim.benchmark.directory import is_held, opened
+from fedsim.benchmark.directory import check, is_held, opened
 from fedsim.benchmark.grid import Cell, Grid, load_grid
 from fedsim.config import config_directory, load_config, shipped
 from fedsim.config.reading import find
 from fedsim.errors import ConfigError, InputError
+from tests.support.places import SHARED
 
 
 @pytest.fixture
@@ -346,9 +347,8 @@ def test_the_shipped_benchmarks_are_no_configs_of_one_experiment():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_benchmark_is_right(path, monkeypatch):
-    shared = Path(os.environ.get("FEDSIM_SHARED", Path(__file__).parents[2].parent / "shared"))
-    if "FEDSIM_DATA" not in os.environ and (shared / "data").is_dir():
-        monkeypatch.setenv("FEDSIM_DATA", str(shared / "data"))
+    if "FEDSIM_DATA" not in os.environ and (SHARED / "data").is_dir():
+        monkeypatch.setenv("FEDSIM_DATA", str(SHARED / "data"))
     grid = load_grid(path.stem)
     lacking = [problem for problem in grid.problems if problem.absent]
     assert [p for p in grid.problems if not p.absent] == []
@@ -476,3 +476,51 @@ def test_the_help_teaches(cli):
     text = cli("bench", "--help").text
     for part in ("base: quickstart", "seeds: [1, 2]", "attack: [data_poisoning", "--dry-run", "exit status is 1"):
         assert part in text
+
+
+# ------------------------------------------------------------------------------------ what is no benchmark
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        (["attack"], "grid: expected axes, got ['attack']"),
+        ("attack", "grid: expected axes, got 'attack'"),
+        ({"defense": "krum"}, "grid.defense: expected {LABEL: value, …} or [value, …] with entries, got 'krum'"),
+        ({"defense": 3}, "grid.defense: expected"),
+    ],
+)
+def test_an_override_of_a_grid_that_is_none_is_told(bench, grid, told):
+    assert told in complaints({**bench, "grid": grid}, "grid.defense.clip={name: norm_clipping, bound: 2}")
+
+
+def test_one_experiment_is_no_benchmark(bench, tmp_path):
+    file = tmp_path / "one.yaml"
+    file.write_text(yaml.safe_dump(bench["base"]))
+    for given in (file, "quickstart"):
+        with pytest.raises(ConfigError, match="this is one experiment, not a benchmark; play it with fedsim run"):
+            load_grid(given)
+    file.write_text(yaml.safe_dump({"name": "mine", "seeds": [1]}))
+    assert "the grid is empty" in "\n".join(told(load_grid(file)))
+    assert load_grid(file, [f"base={find('quickstart')}", "grid.defense=[krum]"]).cells[0].labels == {"defense": "krum"}
+    (tmp_path / "quickstart").write_text(yaml.safe_dump(bench))
+    assert len(load_grid(tmp_path / "quickstart").cells) == 12
+
+
+def test_what_lies_in_the_way_is_told_and_left_alone(bench, tmp_path):
+    grid, out = load_grid(bench), tmp_path / "out"
+    check(out, grid)
+    assert not out.exists()
+    reopen(out, bench)
+    check(out, grid)
+    other = load_grid(bench, ["seeds=[2]"])
+    with pytest.raises(InputError, match=r"holds another benchmark.*\n.*not in the grid any more: data_poisoning--fed"):
+        check(out, other)
+    (out / "bench.yaml").unlink()
+    check(out, other)
+    (out / "mine.txt").touch()
+    with pytest.raises(InputError, match="holds files, but no benchmark"):
+        check(out, grid)
+    with pytest.raises(InputError, match=r"mine\.txt is a file"):
+        check(out / "mine.txt", grid)
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +14,21 @@ import ray
 import yaml
 from rich.console import Console
 
-from fedsim import plugins
-from fedsim.benchmark.display import Estimate, clock, display
+from fedsim.benchmark.display import _Table, display, outcome
+from fedsim.benchmark.estimate import Estimate
 from fedsim.benchmark.grid import load_grid
-from fedsim.benchmark.running import Job, Outcome, Unwatched, jobs_of, play
+from fedsim.benchmark.jobs import Job, jobs_of
+from fedsim.benchmark.running import Outcome, Unwatched, _Players, play
 from fedsim.config import load_config
 from fedsim.errors import InputError
 from fedsim.experiment import Run, run
-from fedsim.federation.ray_grid import Resources, start_ray
+from fedsim.federation.evaluation import Evaluator
 from fedsim.federation.setup import prepare
+from fedsim.report.words import clock
+from tests.support.processes import living, rounds_in, wait
+from tests.support.runs import RESULTS, contents, differing, forgotten
+
+TWIN = ("twin/rounds.parquet", "twin/clients.parquet")
 
 PLUGINS = '''
 """Methods that fail, or take their time, or learn."""
@@ -88,11 +89,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The file of the plugins above, the same for all tests that share the cluster; other tests do not meet them."""
     path = tmp_path_factory.mktemp("own") / "own.py"
     path.write_text(PLUGINS)
-    yield path
-    for kind in plugins._registry.values():
-        for name in [name for name in kind if name.startswith("test_")]:
-            del kind[name]
-    plugins._loaded.discard(str(path))
+    with forgotten(path):
+        yield path
 
 
 @pytest.fixture
@@ -117,15 +115,6 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> list[list[Path]]:
 
     monkeypatch.setattr("fedsim.report.write_grid_report", write)
     return asked
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One cluster for all benchmarks of this module that are played in this process."""
-    ours = start_ray(Resources(2))
-    yield
-    if ours:
-        ray.shutdown()
 
 
 class Told(Unwatched):
@@ -195,8 +184,7 @@ def test_a_shared_twin_is_the_twin_each_cell_would_have_played(bench, tmp_path, 
     assert twin.config.attack is not None
     assert twin.config.attack.name == "none"
     alone = run(job.config, out=tmp_path / "alone", twin=True)
-    for where in ("rounds.parquet", "clients.parquet", "twin/rounds.parquet", "twin/clients.parquet", "summary.json"):
-        assert (job.directory / where).read_bytes() == (alone.directory / where).read_bytes(), where
+    assert differing(job.directory, contents(alone.directory, (*RESULTS, *TWIN))) == []
     assert alone.summary["floor"] == "clean twin"
     assert not Run.open(job.directory).rounds.equals(Run.open(twin.directory).rounds)
 
@@ -268,8 +256,7 @@ def test_a_benchmark_is_played_and_what_is_complete_stays_as_it_is(bench, report
     assert {change for change in told.changes if change[1] == "done"} == {(job.title, "done") for job in done.jobs}
     for job in cells:
         reference = run(job.config, out=tmp_path / "alone" / job.name, twin=True)
-        for name in ("rounds.parquet", "clients.parquet", "twin/rounds.parquet", "model.safetensors", "summary.json"):
-            assert (job.directory / name).read_bytes() == (reference.directory / name).read_bytes()
+        assert differing(job.directory, contents(reference.directory, (*RESULTS, *TWIN))) == []
         assert json.loads((job.directory / "cell.json").read_text()) == {"labels": dict(job.cell.labels), "seed": 1}  # type: ignore[union-attr]
         assert job.result["asr"] == reference.summary["final"]["asr"]
         assert job.round == job.rounds == 6
@@ -347,70 +334,6 @@ def test_a_cell_that_fails_is_reported_and_the_others_go_on(bench, reported, own
 # --------------------------------------------------------------------------------------------- stopped, killed
 
 
-def marked(mark: str) -> dict[int, str]:
-    """The living processes that were started, directly or not, with ``mark`` in their environment."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                if f"FEDSIM_TEST_MARK={mark}".encode() in (entry / "environ").read_bytes():
-                    found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
-            except OSError:
-                continue  # gone meanwhile, or not ours
-    return found
-
-
-def wait(condition: Callable[[], Any], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-class Started:
-    """``fedsim bench`` in a process group of its own, as a shell starts it."""
-
-    def __init__(self, file: Path, out: Path) -> None:
-        self.mark = uuid.uuid4().hex
-        self.process = subprocess.Popen(
-            [
-                *("env", "--default-signal=INT"),  # a shell that runs the suite in the background has it ignored
-                *(sys.executable, "-m", "fedsim", "bench", str(file), "--out", str(out)),
-            ],
-            env={**os.environ, "FEDSIM_TEST_MARK": self.mark},
-            start_new_session=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def until(self, condition: Callable[[], Any]) -> None:
-        assert wait(lambda: condition() or self.process.poll() is not None, 90), "it takes too long"
-        assert self.process.poll() is None, self.process.communicate()[0]
-
-    def clean_up(self) -> None:
-        for pid in marked(self.mark):
-            os.kill(pid, signal.SIGKILL)
-        self.process.wait(20)
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[[Path, Path], Started]]:
-    if not Path("/proc/self/environ").exists():
-        pytest.skip("processes are looked up in /proc")
-    made: list[Started] = []
-
-    def begin(file: Path, out: Path) -> Started:
-        made.append(Started(file, out))
-        return made[-1]
-
-    yield begin
-    for one in made:
-        one.clean_up()
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_stopped_then_killed_then_played_to_the_end(bench, reported, start, own, tmp_path):
@@ -428,29 +351,21 @@ def test_stopped_then_killed_then_played_to_the_end(bench, reported, start, own,
         return {json.loads((cell / "manifest.json").read_text())["status"] for cell in patient}
 
     def all_wait() -> bool:
-        played = [
-            (cell / "journal.jsonl").read_bytes().count(b"\n") for cell in patient if (cell / "journal.jsonl").is_file()
-        ]
-        return len(played) == 2 and min(played) == 9 and statuses() == {"running"}
+        return [rounds_in(cell) for cell in patient] == [9, 9] and statuses() == {"running"}
 
-    first = start(file, out)
+    first = start("bench", file, "--out", out)
     first.until(all_wait)
     with pytest.raises(InputError, match="another benchmark is at work"):
         play(load_grid(file), out)
-    os.killpg(first.process.pid, signal.SIGINT)  # a terminal sends it to the whole group
-    output, _ = first.process.communicate(timeout=60)
-    assert first.process.returncode == 130, output
-    assert "interrupted; the same command plays what is missing" in output
-    assert "Traceback" not in output
-    assert wait(lambda: not marked(first.mark), 15), marked(first.mark)
+    assert "interrupted; the same command plays what is missing" in first.interrupt()
+    assert wait(lambda: not living(first.sign), 15), living(first.sign)
     assert statuses() == {"interrupted"}
     complete = {cell: files(cell) for cell in quick}
     assert all("summary.json" in found for found in complete.values())
 
-    second = start(file, out)
+    second = start("bench", file, "--out", out)
     second.until(all_wait)
-    os.killpg(second.process.pid, signal.SIGKILL)
-    second.process.wait(20)
+    second.kill(group=True)
 
     own.with_name("go").touch()
     third = play(load_grid(file), out)
@@ -460,8 +375,7 @@ def test_stopped_then_killed_then_played_to_the_end(bench, reported, start, own,
     cut = third.jobs[-1]
     reference = run(cut.config, out=tmp_path / "alone", twin=True)
     assert len(reference.rounds) == 12
-    for name in ("rounds.parquet", "clients.parquet", "twin/rounds.parquet", "summary.json"):
-        assert (cut.directory / name).read_bytes() == (reference.directory / name).read_bytes()
+    assert differing(cut.directory, contents(reference.directory, (*RESULTS, *TWIN))) == []
 
 
 # ---------------------------------------------------------------------------------------------------- display
@@ -473,7 +387,8 @@ def jobs(bench, tmp_path) -> list[Job]:
     made = jobs_of(load_grid(bench), tmp_path)
     twin, _, first, second, *_ = made
     twin.state, twin.round, twin.seconds, twin.result = "done", 6, 12.0, {"main_accuracy": 0.5, "asr": None}
-    first.state, first.round, first.started = "running", 3, time.monotonic() - 30
+    now = time.monotonic()
+    first.state, first.round, first.started, first.first, first.last = "running", 3, now - 30, (now - 20, 1), (now, 3)
     second.state, second.message = "failed", "[red]no[/red] luck\nTraceback"
     return made
 
@@ -531,3 +446,180 @@ def test_rounds_are_counted_while_the_journal_grows(jobs):
     (job.directory / "rounds.parquet").touch()
     job.look()
     assert job.round == 6
+
+
+def playing(job: Job, *, ago: float, rounds: int, pace: float, first: float) -> None:
+    """Let a job be at work since ``ago`` seconds: its first round took ``first`` seconds, each other ``pace``."""
+    now = time.monotonic()
+    job.state, job.started, job.round = "running", now - ago, rounds
+    job.first = (job.started + first, 1)
+    job.last = (job.started + first + pace * (rounds - 1), rounds)
+
+
+def test_the_estimate_keeps_in_mind_how_many_run_at_a_time(bench, tmp_path):
+    """A place that has just become free is played on again, and the longest of what is left decides."""
+    bench["seeds"] = [1, 2, 3]
+    bench["grid"] = {"attack": ["data_poisoning"]}
+    bench["twin"] = False
+    one, two, three = jobs_of(load_grid(bench), tmp_path)
+    estimate = Estimate([one, two, three])
+    for job in (one, two):
+        playing(job, ago=40, rounds=4, pace=10, first=10)
+        estimate.changed()
+    assert estimate.seconds() == pytest.approx(20 + 60, abs=2), "two at a time: the third begins in 20 s"
+    one.state, one.round, one.seconds = "done", 6, 60.0
+    assert estimate.seconds() == pytest.approx(60, abs=2), "the third begins at once, beside the second"
+    three.state = "done"
+    assert estimate.seconds() == pytest.approx(20, abs=2)
+
+
+def test_what_a_run_takes_besides_its_rounds_is_counted_once_a_run(bench, tmp_path):
+    bench["seeds"] = [1, 2]
+    bench["grid"] = {"attack": ["data_poisoning"]}
+    bench["twin"] = False
+    bench["set"] = {"federation.rounds": 101, "attack.schedule.stop": None}
+    one, two = jobs_of(load_grid(bench), tmp_path)
+    estimate = Estimate([one, two])
+    one.state, one.started = "running", time.monotonic() - 60
+    assert estimate.seconds() is None, "no round has been seen"
+    one.first = one.last = (time.monotonic() - 1, 1)
+    one.round = 1
+    assert estimate.seconds() is None, "how much of it was the start is not known yet"
+    playing(one, ago=62, rounds=2, pace=1, first=61)
+    assert estimate.seconds() == pytest.approx(99 + 60 + 101, abs=3)
+    one.state, one.round, one.last, one.seconds = "done", 101, (one.started + 161, 101), 170.0
+    assert estimate.seconds() == pytest.approx(69 + 101, abs=3), "and what comes after the last round"
+    two.state, two.kept = "done", True
+    assert estimate.seconds() == 0
+    one.began_at, one.first, one.last = 101, None, None
+    two.state, two.kept = "waiting", False
+    assert estimate.seconds() is None, "only a report was missing"
+
+
+def test_a_run_that_goes_back_to_its_checkpoint_is_counted_from_there(jobs):
+    job = jobs[-1]
+    job.directory.mkdir(parents=True)
+    journal = job.directory / "journal.jsonl"
+    journal.write_text("{}\n" * 5)
+    job.start()
+    assert (job.state, job.round, job.began_at) == ("running", 5, 5)
+    journal.write_text("{}\n" * 2)
+    job.look()
+    assert (job.round, job.began_at, job.first) == (2, 2, None)
+    journal.write_text("{}\n" * 3)
+    job.look()
+    assert job.first is not None
+    assert job.first == job.last
+    assert job.first[1] == 3
+    journal.write_text("{}\n" * 4)
+    job.look()
+    assert job.last is not None
+    assert (job.first[1], job.last[1]) == (3, 4)
+
+
+def test_a_line_for_what_failed_says_why(jobs):
+    job = jobs[3]
+    trace = "Traceback (most recent call last):\n  File x\n    raise ValueError\nValueError: a pity\n"
+    job.message = f"round 3, client 1 failed:\n{trace}"
+    assert job.reason == "round 3, client 1 failed: ValueError: a pity"
+    assert outcome(job) == "failed: round 3, client 1 failed: ValueError: a pity"
+    job.message = "2 problems:\n  one\n  two"
+    assert job.reason == job.message
+    assert outcome(job) == "failed: 2 problems:"
+
+
+def test_a_dry_run_says_what_is_there_and_what_is_in_the_way(bench, cli, tmp_path):
+    bench["grid"] = {"attack": ["data_poisoning"]}
+    file, out = tmp_path / "b.yaml", tmp_path / "out"
+    file.write_text(yaml.safe_dump(bench, sort_keys=False))
+    serially(bench, out)
+    done = cli("bench", file, "--dry-run", "--out", out)
+    assert done.status == 2
+    assert "1 cell, 1 clean twin, 12 rounds" in done.text
+    assert "holds files, but no benchmark" in done.err
+    (out / "bench.yaml").write_text(load_grid(file).definition.to_yaml())
+    done = cli("bench", file, "--dry-run", "--out", out)
+    assert done.status == 0, done.err
+    assert "clean twin · data_poisoning · seed 1 6 rounds complete" in done.text
+    grown = cli("bench", file, "seeds=[1,2]", "--dry-run", "--out", out)
+    assert grown.status == 0
+    assert "2 cells, 2 clean twins, 24 rounds" in grown.text
+    other = cli("bench", file, "training.lr=0.1", "--dry-run", "--out", out)
+    assert other.status == 2
+    assert "data_poisoning · seed 1 6 rounds another run lies in its place" in other.text
+    assert "training.lr (in data_poisoning-seed1)" in other.err
+    wrong = cli("bench", file, "grid={}", "--dry-run", "--out", out)
+    assert (wrong.status, wrong.out) == (2, "")
+    assert "the grid is empty" in wrong.err
+
+
+# -------------------------------------------------------------------------------------- shares of the machine
+
+
+class Handed:
+    """A Ray task that is not played: what it is handed."""
+
+    def __init__(self) -> None:
+        self.reserved: list[dict[str, Any]] = []
+        self.configs: list[dict[str, Any]] = []
+        self.threads: list[int] = []
+
+    def options(self, **options: Any) -> Handed:
+        self.reserved.append(options)
+        return self
+
+    def remote(self, raw: dict[str, Any], out: str, *, threads: int, **rest: Any) -> object:
+        self.configs.append(raw)
+        self.threads.append(threads)
+        return object()
+
+
+@pytest.mark.parametrize(
+    ("cores", "most", "per_worker", "workers", "threads"),
+    [
+        (4, 4, 1.0, [1, 1, 1, 1], [1, 1, 1, 1]),
+        (8, 4, 1.0, [2, 2, 2, 2], [2, 2, 2, 2]),
+        (5, 2, 1.0, [2, 3], [2, 3]),
+        (2, 4, 1.0, [1, 1, 1, 1], [1, 1, 1, 1]),
+        (2, 2, 4.0, [1, 1], [4, 4]),
+        (8, 4, 0.5, [2, 2, 2, 2], [1, 1, 1, 1]),
+    ],
+)
+def test_a_run_measures_on_its_share_of_the_machine(bench, tmp_path, cores, most, per_worker, workers, threads):
+    bench["twin"] = False
+    bench["base"]["engine"]["cpus_per_worker"] = per_worker
+    players = _Players(jobs_of(load_grid(bench), tmp_path), tmp_path, most, Unwatched())
+    players.cores, players.gpus = cores, 0
+    task = Handed()
+    for job in players._ready():
+        players._hand_out(task, job)
+    asked = [config["engine"] for config in task.configs]
+    assert [1 if engine["name"] == "serial" else engine["workers"] for engine in asked] == workers
+    assert task.threads == threads
+    assert sum(options["num_cpus"] for options in task.reserved) <= cores * per_worker
+
+
+@pytest.mark.parametrize("threads", [None, 1, 3])
+def test_a_run_measures_on_the_threads_it_is_given(tiny, tmp_path, monkeypatch, finished, threads):
+    made = []
+
+    def evaluator(*arguments: Any) -> Evaluator:
+        made.append(arguments[-1])
+        return Evaluator(*arguments)
+
+    monkeypatch.setattr("fedsim.experiment.Evaluator", evaluator)
+    monkeypatch.setattr("fedsim.experiment.cores", lambda: 5)
+    run(load_config(tiny), out=tmp_path / "run", threads=threads)
+    assert made == [threads or 5]
+    for name in ("rounds.parquet", "clients.parquet", "model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (finished.directory / name).read_bytes()
+
+
+def test_a_live_table_shows_nothing_before_anything_is_known(jobs):
+    out = io.StringIO()
+    with _Table(Console(file=out, width=100, force_terminal=True, color_system=None)) as table:
+        table._live.refresh()
+        assert "ended" not in out.getvalue()
+        table.begin(jobs)
+        table._live.refresh()
+        assert "2 of 6 runs ended" in out.getvalue()

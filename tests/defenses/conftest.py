@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +13,7 @@ from torch import Tensor, nn
 from fedsim.defense import RoundUpdates
 from fedsim.direct import make_server
 from fedsim.layout import Layout
+from tests.support.places import reference_numbers
 
 with warnings.catch_warnings():  # Flower imports typer, which touches a deprecated name of click
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -35,15 +33,7 @@ LAYOUT = Layout.of(small_network())
 @pytest.fixture(scope="session")
 def reference() -> Callable[[str], list[dict[str, Any]]]:
     """Cases of a reference file by its name, such as ``defenses/krum``; skips the test where there are none."""
-    shared = Path(os.environ.get("FEDSIM_SHARED", Path(__file__).parents[2].parent / "shared"))
-
-    def read(name: str) -> list[dict[str, Any]]:
-        file = shared / "reference" / f"{name}.json"
-        if not file.is_file():
-            pytest.skip(f"no reference numbers at {file}; set FEDSIM_SHARED to the directory that has them")
-        return list(json.loads(file.read_text())["cases"])
-
-    return read
+    return lambda name: list(reference_numbers(name)["cases"])
 
 
 @pytest.fixture(scope="session")

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from fedsim import plugins
-from fedsim.defense import Aggregation, Defense, RoundUpdates, Screening, apply_pipeline
+from fedsim.defense import Defense, RoundUpdates, Screening
 from fedsim.direct import aggregate
 from fedsim.errors import PluginError, RunError
+from fedsim.pipeline import Aggregation, apply_pipeline
+from tests.support.defenses import REQUIRED
 
 Rounds = Callable[..., RoundUpdates]
-
-REQUIRED: dict[str, dict[str, Any]] = {"flower": {"strategy": "FedMedian"}, "deepsight": {"inputs": 100}}
-"""Parameters of the methods that have no default for all of them, or a costly one."""
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("coordinate_median", {"lower": True}),
@@ -304,7 +303,7 @@ def test_it_is_documented(name: str) -> None:
 
 def problems(name: str, clients: int = 10, **parameters: Any) -> list[str]:
     cls: Any = plugins.get("defense", name)
-    experiment = SimpleNamespace(federation=SimpleNamespace(clients_per_round=clients))
+    experiment = SimpleNamespace(federation=SimpleNamespace(clients_per_round=clients, rounds=60))
     return [str(problem) for problem in cls.problems(cls.Parameters(**parameters), experiment)]
 
 
@@ -317,6 +316,8 @@ def problems(name: str, clients: int = 10, **parameters: Any) -> list[str]:
         ("multi_krum", 10, {"m": 11}, "m: cannot keep 11 of 10 clients a round; use at most 10, or null"),
         ("trimmed_mean", 10, {"f": 5}, "f: cutting 5 from each side of 10 clients a round leaves none; use at most 4"),
         ("trimmed_mean", 4, {}, r"beta: .* cuts nobody: this is the plain mean; use at least 0.25, or set f"),
+        ("fldetector", 10, {"warm_up": 60}, "warm_up: scores nobody before round 61, and federation.rounds is 60"),
+        ("fldetector", 10, {"window": 59}, "window: scores nobody before round 61"),
         ("flower", 10, {"strategy": "FedMedain"}, "strategy: 'FedMedain' cannot be used: Flower has no such strategy"),
         ("flower", 10, {"strategy": "QFedAvg"}, r"needs every client's training loss.* \(what works: Bulyan, "),
         ("flower", 10, {"strategy": "FedProx"}, "strategy: .*use FedAvg"),
@@ -363,6 +364,7 @@ def test_impossible_parameters(name: str, clients: int, parameters: dict[str, An
         ("multi_krum", 10, {"m": 10, "f": 2}),
         ("trimmed_mean", 9, {"f": 4}),
         ("trimmed_mean", 4, {"beta": 0.0}),
+        ("fldetector", 10, {"warm_up": 59, "window": 58}),
         ("flower", 11, {"strategy": "Bulyan", "arguments": {"num_malicious_nodes": 2}}),
     ],
 )

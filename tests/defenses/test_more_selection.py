@@ -19,31 +19,14 @@ from defenses._statistics import cosines, similarities
 from defenses.mesas import Mesas, MesasParameters, chance_of_outlier, measures
 from fedsim import plugins
 from fedsim.config import load_config
-from fedsim.defense import Aggregation, RoundUpdates, apply_pipeline
+from fedsim.defense import RoundUpdates
 from fedsim.direct import aggregate
 from fedsim.experiment import run
+from fedsim.pipeline import Aggregation, apply_pipeline
+from tests.support.parity import assert_near, draw, kept, tensor
 
 Cases = Callable[[str], list[dict[str, Any]]]
 Rounds = Callable[..., RoundUpdates]
-
-
-def tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def assert_near(found: Tensor, expected: Any, tolerance: float) -> None:
-    wanted = torch.as_tensor(expected, dtype=torch.float64)
-    assert found.shape == wanted.shape
-    deviation = ((found.double() - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-    assert deviation <= tolerance, f"off by {deviation:.3g}, allowed {tolerance:g}"
-
-
-def kept(result: Aggregation) -> set[int]:
-    return set(result.accepted.nonzero().flatten().tolist())
 
 
 # ---------------------------------------------------------------------------------------------------- MESAS

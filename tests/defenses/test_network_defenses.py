@@ -17,18 +17,16 @@ from torch import Tensor, nn
 from defenses import deepsight, fdcr, flare, fltrust
 from fedsim import plugins, training
 from fedsim.config import build
-from fedsim.defense import Aggregation, RoundUpdates, Server, apply_pipeline
+from fedsim.defense import RoundUpdates, Server
 from fedsim.direct import aggregate, make_server
 from fedsim.errors import RunError
 from fedsim.experiment import run
 from fedsim.layout import FlatModel
 from fedsim.local import LocalSettings
+from fedsim.pipeline import Aggregation, apply_pipeline
+from tests.support.parity import tensor
 
 Rounds = Callable[..., RoundUpdates]
-
-
-def tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def near(found: Tensor, expected: Any, tolerance: float = 1e-12) -> None:
@@ -338,6 +336,20 @@ def test_deepsight_drops_the_cluster_of_clients_that_train_one_class(bias: bool)
     length = updates.norm(dim=1)
     clipped = updates * (length.quantile(0.5) / length).clamp(max=1)[:, None]
     near(result.vector, clipped[6:].mean(dim=0).tolist())
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+def test_deepsight_by_default_drops_fewer_attackers_than_the_ports_clusters_have(bad: int) -> None:
+    server = make_server(network(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5)), 5, shape=(8,))
+    head = server.model.layout.slices()["2.weight"]
+    updates = drawn(10, server.model.layout.size, 0.05)
+    updates += drawn(1, server.model.layout.size, 0.1)  # what all have in common
+    updates[:bad, head.start :] *= 0.01
+    updates[:bad, head.start + 12 : head.start + 18] += 1.0  # class 2
+    given: dict[str, Any] = {"updates": updates, "global_vector": server.model.vector.clone(), "server": server}
+    assert not bool(aggregate("deepsight", **given, inputs=100).accepted[:bad].any())
+    port = aggregate("deepsight", **given, inputs=100, min_cluster_size=5, min_samples=3)
+    assert bool(port.accepted.all())
 
 
 # ------------------------------------------------------------------------------------------------------ FDCR

@@ -14,26 +14,13 @@ import torch
 from torch import Tensor
 
 from fedsim import plugins
-from fedsim.defense import Aggregation, RoundUpdates, apply_pipeline
+from fedsim.defense import RoundUpdates
 from fedsim.direct import aggregate
+from fedsim.pipeline import Aggregation, apply_pipeline
+from tests.support.parity import assert_near, kept, tensor
 
 Cases = Callable[[str], list[dict[str, Any]]]
 Rounds = Callable[..., RoundUpdates]
-
-
-def tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_near(found: Tensor, expected: Any, tolerance: float) -> None:
-    wanted = tensor(expected)
-    assert found.shape == wanted.shape
-    deviation = ((found.double() - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-    assert deviation <= tolerance, f"off by {deviation:.3g}, allowed {tolerance:g}"
-
-
-def kept(result: Aggregation) -> set[int]:
-    return set(result.accepted.nonzero().flatten().tolist())
 
 
 def test_krum(reference: Cases) -> None:

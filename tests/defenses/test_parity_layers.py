@@ -21,32 +21,15 @@ from defenses.fldetector import hessian_product
 from defenses.freqfed import Freqfed, cosine_transform
 from defenses.rflbat import principal_plane
 from fedsim import plugins
-from fedsim.defense import Aggregation, RoundUpdates, apply_pipeline
+from fedsim.defense import RoundUpdates
 from fedsim.direct import aggregate
 from fedsim.errors import PluginError, RunError
 from fedsim.layout import Entry, Layout
+from fedsim.pipeline import Aggregation, apply_pipeline
+from tests.support.parity import assert_near, draw, kept, tensor
 
 Cases = Callable[[str], list[dict[str, Any]]]
 Rounds = Callable[..., RoundUpdates]
-
-
-def tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_near(found: Tensor, expected: Any, tolerance: float) -> None:
-    wanted = tensor(expected) if not isinstance(expected, Tensor) else expected
-    assert found.shape == wanted.shape
-    deviation = ((found.double() - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-    assert deviation <= tolerance, f"off by {deviation:.3g}, allowed {tolerance:g}"
-
-
-def kept(result: Aggregation) -> set[int]:
-    return set(result.accepted.nonzero().flatten().tolist())
-
-
-def draw(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def layered(updates: Tensor, shapes: Mapping[str, tuple[int, ...]], **changes: Any) -> RoundUpdates:

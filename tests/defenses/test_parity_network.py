@@ -15,27 +15,12 @@ from defenses.deepsight import Deepsight, DeepsightParameters, count_exceedings,
 from defenses.fdcr import Fdcr, FdcrParameters, discrepancies, farthest, first_neighbours
 from defenses.flare import Flare, FlareParameters, count_votes, neighbours, weigh
 from defenses.flare import discrepancies as mmd
-from fedsim.defense import Aggregation, RoundUpdates, Server
+from fedsim.defense import RoundUpdates, Server
 from fedsim.direct import aggregate, make_server
 from fedsim.distances import cosine_distances, squared_distances
+from tests.support.parity import assert_near, kept, tensor
 
 Cases = Callable[[str], list[dict[str, Any]]]
-
-
-def tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_near(found: Tensor, expected: Any, tolerance: float) -> None:
-    """|found − expected| ≤ tolerance · max(1, |expected|), entry by entry."""
-    wanted = tensor(expected)
-    assert found.shape == wanted.shape
-    excess = (found - wanted).abs() / wanted.abs().clamp(min=1)
-    assert float(excess.max()) <= tolerance, float(excess.max())
-
-
-def kept(result: Aggregation) -> set[int]:
-    return set(torch.nonzero(result.accepted).flatten().tolist())
 
 
 def off_diagonal(matrix: Tensor) -> Tensor:
@@ -146,6 +131,7 @@ def test_deepsight(reference: Cases) -> None:
                 threshold=case["threshold_factor"],
                 tau=case["tau"],
                 epsilon=case["epsilon"],
+                min_cluster_size=5,
                 min_samples=case["min_samples"],
             )
         )

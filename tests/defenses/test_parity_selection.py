@@ -19,27 +19,14 @@ from defenses.dnc import Dnc, DncParameters
 from defenses.flame import Flame, FlameParameters
 from defenses.signguard import SignGuard, SignGuardParameters
 from fedsim import plugins
-from fedsim.defense import Aggregation, RoundUpdates, apply_pipeline
+from fedsim.defense import RoundUpdates
 from fedsim.direct import aggregate
 from fedsim.distances import cosine_distances, squared_distances
+from fedsim.pipeline import apply_pipeline
+from tests.support.parity import assert_near, kept, tensor
 
 Cases = Callable[[str], list[dict[str, Any]]]
 Rounds = Callable[..., RoundUpdates]
-
-
-def tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def assert_near(found: Tensor, expected: Any, tolerance: float) -> None:
-    wanted = tensor(expected)
-    assert found.shape == wanted.shape
-    deviation = ((found.double() - wanted).abs() / wanted.abs().clamp(min=1)).max().item()
-    assert deviation <= tolerance, f"off by {deviation:.3g}, allowed {tolerance:g}"
-
-
-def kept(result: Aggregation) -> set[int]:
-    return set(result.accepted.nonzero().flatten().tolist())
 
 
 # --------------------------------------------------------------------------------------------------- Bulyan
@@ -309,6 +296,24 @@ def test_centered_clipping_with_momentum_and_running_statistics(make_round: Roun
     assert_near(result.vector[:t], (centre + (scale[:, None] * (rows - centre)).mean(dim=0)).tolist(), 1e-12)
     assert_near(result.weights, (scale / scale.sum()).tolist(), 1e-12)
     assert_near(result.vector[t:], (scale / scale.sum() @ second.updates[:, t:]).tolist(), 1e-12)
+
+
+def test_centered_clipping_by_default_clips_half_of_the_clients_whatever_their_unit(make_round: Rounds) -> None:
+    """The radius is the lower median of the distances to the centre, in every step anew."""
+    rows = make_round().updates
+    rows[0] *= 1e15
+    for unit in (1.0, 1e-6):
+        stage = plugins.create("defense", "centered_clipping", inner_steps=2)
+        centre = torch.zeros_like(rows[0])
+        for number in (1, 2):
+            for _ in range(2):
+                away = unit * rows - centre
+                radius = away.norm(dim=1).sort().values[5]
+                centre = centre + (away * (radius / away.norm(dim=1)).clamp(max=1)[:, None]).mean(dim=0)
+            result = aggregate(stage, updates=unit * rows, round=number)
+            assert_near(result.vector / unit, centre / unit, 1e-12)
+            assert int((result.weights < result.weights.max() * (1 - 1e-9)).sum()) == 6
+    assert_near(aggregate("centered_clipping", updates=0 * rows).vector, 0 * rows[0], 0)
 
 
 # ------------------------------------------------------------------------------------------------------ RLR

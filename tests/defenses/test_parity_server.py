@@ -14,12 +14,9 @@ from defenses.crfl import bounds, radius, shares
 from fedsim import plugins
 from fedsim.direct import aggregate, make_server
 from fedsim.local import LocalSettings
+from tests.support.parity import tensor
 
 Cases = Callable[[str], list[dict[str, Any]]]
-
-
-def tensor(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def state(named: dict[str, Any]) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.defense import Aggregated, Defense, RoundUpdates, Screening, apply_pipeline
+from fedsim.defense import Aggregated, Defense, RoundUpdates, Screening
 from fedsim.errors import RunError
+from fedsim.pipeline import apply_pipeline
 from fedsim.plugins import Parameters
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from defenses.multi_metrics import squared_length
 from defenses.trimmed_mean import mean_of_ranks
 from fedsim import plugins
-from fedsim.defense import Aggregation, RoundUpdates, apply_pipeline
+from fedsim.defense import RoundUpdates
 from fedsim.direct import aggregate
+from fedsim.pipeline import Aggregation, apply_pipeline
 
 Rounds = Callable[..., RoundUpdates]
 few = settings(max_examples=15, deadline=None, derandomize=True, database=None)

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedsim import plugins
-from fedsim.defense import Aggregation, RoundUpdates, apply_pipeline
+from fedsim.defense import RoundUpdates
+from fedsim.pipeline import Aggregation, apply_pipeline
+from tests.support.defenses import REQUIRED
 
 Rounds = Callable[..., RoundUpdates]
 few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
-
-REQUIRED: dict[str, dict[str, Any]] = {"flower": {"strategy": "FedMedian"}, "deepsight": {"inputs": 100}}
 
 ORDER_MATTERS = {
     "bucketing": "clients are put into buckets at random",
@@ -34,11 +34,9 @@ ORDER_MATTERS = {
 UNIT_MATTERS = {
     "norm_clipping": "the bound is a number",
     "weak_dp": "the bound and the noise are numbers",
-    "centered_clipping": "the radius is a number",
     "sparsefed": "the bound is a number",
     "rfa": "distances below ν count as ν",
-    "alignins": "looks at whole models, too",
-    "auror": "looks at whole models, too",
+    "auror": "how far centres must be apart is a number",
     "bucketing": "clients are put into buckets at random",
     "flame": "clusters whole models",
     "freqfed": "clusters whole models",

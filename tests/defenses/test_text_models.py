@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim import plugins
 from fedsim.batch import Batch
-from fedsim.defense import Defense, RoundUpdates, Server, apply_pipeline
+from fedsim.defense import Defense, RoundUpdates, Server
 from fedsim.direct import make_server
 from fedsim.layout import FlatModel
 from fedsim.local import LocalSettings
+from fedsim.pipeline import apply_pipeline
 from fedsim.tasks.text import WordLoss
 from fedsim.training import fit
+from tests.support.defenses import REQUIRED
 
 CLIENTS, LENGTH = 10, 6
-REQUIRED: dict[str, dict[str, Any]] = {"flower": {"strategy": "FedMedian"}, "deepsight": {"inputs": 50}}
-"""Parameters of the methods that have no default for all of them, or a costly one."""
 SIZE = {"embedding": 16, "hidden": 16, "layers": 1, "dropout": 0.0}
 WORDS = {"tied": 120, "classifier": 2000}
 Rounds = Callable[[str], RoundUpdates]

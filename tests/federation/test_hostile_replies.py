@@ -20,19 +20,17 @@ from fedsim.direct import make_server
 from fedsim.federation.evaluation import Measurement
 from fedsim.federation.grids import InProcessGrid
 from fedsim.federation.messages import to_record
+from fedsim.federation.records import ClientRecord, RoundRecord
 from fedsim.federation.schedule import RoundPlan
 from fedsim.federation.server import play
-from fedsim.federation.strategy import ClientRecord, FederatedStrategy, RoundRecord
+from fedsim.federation.strategy import FederatedStrategy
 from fedsim.layout import FlatModel, Layout
+from tests.support.defenses import REQUIRED
 
 CLASSES, EXAMPLES = 3, 20
 SOURCE = torch.Generator().manual_seed(0)
 HELD = torch.randn(24, 6, generator=SOURCE), torch.randint(0, CLASSES, (24,), generator=SOURCE)
-REQUIRED: dict[str, dict[str, Any]] = {
-    "flower": {"strategy": "FedMedian"},
-    "snowball": {"furthest": 2},
-    "deepsight": {"inputs": 50},
-}
+OPTIONS: dict[str, dict[str, Any]] = {**REQUIRED, "snowball": {"furthest": 2}}
 DEFENSES = plugins.names("defense")
 
 
@@ -101,7 +99,7 @@ class Table:
     """One defense, some clients, the first of which is told what to reply in the second round."""
 
     def __init__(self, defense: str, clients: int) -> None:
-        options = {"name": defense, **REQUIRED.get(defense, {})}
+        options = {"name": defense, **OPTIONS.get(defense, {})}
         everybody = tuple(range(clients))
         config = build(
             {
@@ -161,7 +159,7 @@ class Table:
 
 def least(defense: str) -> int:
     cls: Any = plugins.get("defense", defense)
-    return int(cls.required_clients(cls.Parameters(**REQUIRED.get(defense, {}))))
+    return int(cls.required_clients(cls.Parameters(**OPTIONS.get(defense, {}))))
 
 
 @pytest.mark.parametrize("defense", DEFENSES)

@@ -21,9 +21,10 @@ from flwr.common.constant import ErrorCode
 
 from fedsim.errors import RunError
 from fedsim.federation import ray_grid
+from fedsim.federation.cluster import Resources, start_ray
 from fedsim.federation.grids import InProcessGrid
 from fedsim.federation.messages import to_record, to_vector
-from fedsim.federation.ray_grid import RayGrid, Resources, start_ray
+from fedsim.federation.ray_grid import RayGrid
 
 pytestmark = pytest.mark.slow
 
@@ -386,6 +387,19 @@ def test_a_replacement_that_finds_no_room_is_given_up(
 def test_more_workers_than_the_cluster_has_room_for(cluster: None) -> None:
     with pytest.raises(RunError, match=r"4 workers of 1 cores need 4; the Ray cluster has 3: lower engine\.workers"):
         RayGrid(app_maker(), NODES, Resources(4), stop_ray=False)
+    assert ray.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "said"),
+    [
+        (0.5, r"1 workers of 0\.5 GPUs do not fit; the Ray cluster has 0: lower engine\.workers or engine\.gpus_per"),
+        (1.5, r"engine\.gpus_per_worker is 1\.5; write a share of one GPU, or a whole number of them"),
+    ],
+)
+def test_more_gpus_than_the_cluster_has_to_give(cluster: None, gpus: float, said: str) -> None:
+    with pytest.raises(RunError, match=said):
+        RayGrid(app_maker(), NODES, Resources(1, gpus=gpus), stop_ray=False)
     assert ray.is_initialized()
 
 

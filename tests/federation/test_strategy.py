@@ -16,14 +16,17 @@ from torch import Tensor, nn
 
 from fedsim.attack import Attack, AttackContext, CoordinationKnowledge, Knowledge
 from fedsim.config import Config, build
-from fedsim.defense import Aggregated, Defense, RoundUpdates, Screening
+from fedsim.defense import Aggregated, Defense, RoundUpdates, Screening, Server
+from fedsim.direct import make_server
 from fedsim.errors import RunError
+from fedsim.federation import ray_grid
 from fedsim.federation.evaluation import Measurement
 from fedsim.federation.grids import InProcessGrid, LocalGrid
 from fedsim.federation.messages import pack_state, to_record, to_vector, unpack_state
+from fedsim.federation.records import RoundRecord
 from fedsim.federation.schedule import RoundPlan
 from fedsim.federation.server import play
-from fedsim.federation.strategy import FederatedStrategy, RoundRecord
+from fedsim.federation.strategy import FederatedStrategy
 from fedsim.layout import Layout
 from fedsim.trigger import StampTrigger
 
@@ -376,6 +379,27 @@ class RejectAll(Defense):
         return Screening(accepted=torch.zeros(round.count, dtype=torch.bool), scores={"odd": torch.ones(round.count)})
 
 
+class Lending(Defense):
+    """Sends the model out as it lies in the server's network, and then uses that network."""
+
+    def broadcast(self, vector: Tensor, server: Server) -> Tensor:
+        server.model.load(vector + 1)
+        return server.model.vector
+
+    def screen(self, round: RoundUpdates) -> Screening:
+        assert round.server is not None
+        round.server.model.load(torch.zeros(8))
+        return Screening()
+
+
+def test_a_broadcast_model_is_the_global_one_whatever_becomes_of_the_servers_network() -> None:
+    server = make_server(nn.BatchNorm1d(2), 2)
+    table = Table(stages=[Lending()], serve=lambda round: server)
+    table.play()
+    assert torch.equal(to_vector(table.sent[0].content.array_records["arrays"]), START + 1)
+    assert torch.allclose(table.moved, 1 + mean_of(range(CLIENTS)), atol=1e-6)
+
+
 def test_if_the_defense_rejects_everybody_the_model_stays() -> None:
     table = Table(stages=[RejectAll()])
     record = table.play()
@@ -520,15 +544,22 @@ def test_nobody_coordinates_in_a_round_without_attackers() -> None:
     assert attack.seen == []
 
 
-@pytest.mark.parametrize("made", [torch.zeros(5, 7), torch.full((5, 8), float("nan"))])
-def test_unusable_coordinated_updates_end_the_run(made: Tensor) -> None:
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (torch.zeros(5, 7), r"their shape is \(5, 7\), not \(5, 8\)"),
+        (torch.full((5, 8), float("nan")), "an update that is not finite"),
+        (torch.full((5, 8), -1e20), r"beyond measure, with an entry of 1\.0e\+20"),
+    ],
+)
+def test_unusable_coordinated_updates_end_the_run(made: Tensor, why: str) -> None:
     class Broken(Attack):
         name = "broken"
 
         def coordinate(self, updates: Tensor, knowledge: CoordinationKnowledge) -> Tensor:
             return made
 
-    with pytest.raises(RunError, match="attack 'broken': coordinate returned unusable updates"):
+    with pytest.raises(RunError, match=f"attack 'broken': coordinate returned unusable updates: .*{why}"):
         Table(plan=a_plan(malicious={1: {1: 0}}), attack=Broken()).play()
 
 
@@ -591,6 +622,24 @@ def test_colluders_states_are_merged_in_the_order_of_their_numbers_and_may_be_cl
     assert table.strategy.attack_state == {"numbers": [3, 4, 1]}
     table = Table(a_config(rounds=2), a_plan(2, malicious={1: {1: 0}, 2: {1: 0}}), attack=Merging())
     table.play(client)
+    assert table.strategy.attack_state == {}
+
+
+@pytest.mark.parametrize("kept", [{}, None])
+def test_a_state_that_comes_back_empty_replaces_the_old_one(kept: dict[str, Any] | None) -> None:
+    """Emptied by the attack, or left out of the reply."""
+    got: list[dict[str, Any]] = []
+
+    def client(message: Message, number: int) -> RecordDict:
+        order = message.content.config_records["config"]
+        if order["malicious"]:
+            got.append(unpack_state(message.content))
+        state = {"mask": torch.ones(2)} if order["round"] == 1 else kept
+        return RecordDict({**({} if state is None else pack_state(state)), **honest(message, number)})
+
+    table = Table(a_config(rounds=3), a_plan(3, malicious={r: {1: 0} for r in (1, 2, 3)}), attack=Attack())
+    table.play(client)
+    assert [set(state) for state in got] == [set(), {"mask"}, set()]
     assert table.strategy.attack_state == {}
 
 
@@ -719,6 +768,28 @@ def test_the_last_aggregate_goes_to_attacks_that_declare_it(attack: type[Attack]
     assert set(got) == ({(2, 1)} if sees else set()), "there is none in round 1, and benign clients never see it"
     if sees:
         assert torch.allclose(to_vector(got[2, 1]), 0.5 * mean_of(range(CLIENTS)), atol=1e-5)
+
+
+def test_colluders_are_sent_the_same_records_so_that_ray_stores_each_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Table(
+        a_config(rounds=2),
+        a_plan(2, malicious={2: {1: 0, 4: 1}}),
+        attack=Follows(),
+        trigger_state={"patch": torch.ones(2)},
+    )
+    table.strategy.attack_state = {"mask": torch.zeros(3)}
+    table.play()
+    sent = table.sent[CLIENTS:]
+    one, other = (m.content for m in sent if m.content.config_records["config"]["malicious"])
+    arrays = ["arrays", "state-arrays", "trigger-arrays", "last-aggregate"]
+    assert set(one) == set(other) == {*arrays, "state", "trigger", "config"}
+    assert all(one[name] is other[name] for name in (*arrays, "state", "trigger"))
+    records = {id(one[name]) for name in arrays}
+    monkeypatch.setattr(ray_grid.ray, "put", lambda record: record)
+    shared, places = ray_grid.RayGrid._share(object.__new__(ray_grid.RayGrid), sent)
+    assert sorted(map(id, shared)) == sorted(records), "each once"
+    assert sorted(map(len, places.values())) == [1, 1, 1, 4, 4]
+    assert not any(name in message.content for message in sent for name in arrays), "and off the messages"
 
 
 def test_the_honest_twin_has_no_attackers() -> None:

@@ -16,7 +16,9 @@ import yaml
 
 from fedsim.errors import InputError
 from fedsim.experiment import Run, run
-from fedsim.recording.results import LABELS, MEASURES, SPANS, collect, run_directories, write_results
+from fedsim.recording.labels import LABELS
+from fedsim.recording.results import MEASURES, SPANS, collect, write_results
+from fedsim.recording.runs import run_directories
 
 Make = Callable[..., Path]
 

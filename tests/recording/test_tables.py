@@ -15,7 +15,7 @@ import pytest
 
 from fedsim.errors import InputError, RunError
 from fedsim.federation.evaluation import Measurement
-from fedsim.federation.strategy import ClientRecord, RoundRecord
+from fedsim.federation.records import ClientRecord, RoundRecord
 from fedsim.recording import tables as module
 from fedsim.recording.tables import JOURNAL, Tables
 

@@ -15,21 +15,8 @@ import pytest
 import yaml
 
 from fedsim.recording.summary import summarise
-from fedsim.recording.tables import ROUNDS
+from fedsim.recording.tables import CLIENTS, ROUNDS
 
-CLIENTS = pa.schema(
-    [
-        ("round", pa.int64()),
-        ("client", pa.int64()),
-        ("malicious", pa.bool_()),
-        ("examples", pa.int64()),
-        ("update_norm", pa.float64()),
-        ("accepted", pa.bool_()),
-        ("weight", pa.float64()),
-        ("status", pa.string()),
-        ("scores", pa.map_(pa.string(), pa.float64())),
-    ]
-)
 HOSTILE = "<script>alert('gotcha')</script>"
 
 

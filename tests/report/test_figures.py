@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 
 from fedsim.errors import InputError
 from fedsim.recording.summary import summarise
-from fedsim.report import drawing, figures
+from fedsim.report import drawing, figures, grid_panels
 
 
 def table(asr: list[float], attacks: set[int], start: int = 1) -> pd.DataFrame:
@@ -134,6 +135,14 @@ def test_figures_follow_the_page_into_the_dark() -> None:
     assert not any(colour in svg for colour in drawing.VARIABLES)
     assert "#000000" not in svg
     assert "DejaVu" not in svg
+
+
+def test_names_in_a_figure_stay_as_they_are() -> None:
+    """What makes a figure part of a page changes its tags, and no name, whatever it looks like."""
+    odd = 'x id="mine" url(#y) DejaVu Sans, #c25400 #0070b0 d="0.12345" < " id="'
+    svg = drawing.inline(figures.compare({odd: [table([0.9, 0.5], {1})]}), "mine")
+    for text in (svg, grid_panels.compact(svg)):
+        assert odd in [element.text for element in ElementTree.fromstring(text).iter()]
 
 
 def test_matplotlib_is_left_as_it_was(tmp_path: Path) -> None:

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from fedsim.recording.results import collect
-from fedsim.report import grid_figures, write_grid_report
+from fedsim.report import grid_panels, write_grid_report
 from fedsim.report.statistics import summary_by_row
+from tests.support.places import script
 
 pytestmark = pytest.mark.slow
 
 HOSTILE = "<script>document.title = 'gotcha'</script>"
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 360, "height": 740}
-
-
-def _synthetic() -> ModuleType:
-    """The benchmark of this page, which writes made-up runs."""
-    path = Path(__file__).parents[2] / "benchmarks" / "report_page.py"
-    spec = importlib.util.spec_from_file_location("report_page", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +41,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two triggers × two attacks × two defenses × two seeds, one cell of a single run, and a hostile failure."""
-    synthetic = _synthetic()
+    synthetic = script("benchmarks/report_page.py")
     root = tmp_path_factory.mktemp("browser")
     attacks, defenses = ("neurotoxin", "pgd"), ("fedavg", "krum")
     for trigger in ("blend", "patch"):
@@ -65,7 +53,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes = {"attack.trigger": {"name": "patch"}, "task.model": {"name": HOSTILE}}
     synthetic.write_run(root / "runs" / "patch" / "lost", HOSTILE, "krum", failed=True, changes=changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grid_figures, "save", lambda *_: None)  # the files are tested elsewhere, and take their time
+        patch.setattr(grid_panels, "save", lambda *_: None)  # the files are tested elsewhere, and take their time
         return write_grid_report([root / "runs"], root / "report")
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import importlib.util
 import itertools
 import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from urllib.parse import unquote
 from xml.etree import ElementTree
@@ -23,27 +21,18 @@ from matplotlib.figure import Figure
 
 from fedsim.errors import InputError
 from fedsim.recording.results import collect
-from fedsim.report import grid, grid_figures, grid_pictures, words, write_grid_report
+from fedsim.report import grid, grid_figures, grid_panels, grid_pictures, words, write_grid_report
 from fedsim.report.grid_cut import Slice, slices
 from fedsim.report.statistics import Interval
+from tests.support.places import script
 
 HOSTILE = "<script>alert('gotcha')</script>\"><img src=x onerror=alert(1)>"
 VOID = {"meta", "link", "input", "br", "hr", "img", "wbr"}
 STEMS = {"survival", "asr_curves", "tradeoff", "roc", "scores", "heat_asr", "heat_life", "heat_cost"}
 
 
-def _synthetic() -> ModuleType:
-    """The benchmark of this page, which writes made-up runs."""
-    path = Path(__file__).parents[2] / "benchmarks" / "report_page.py"
-    spec = importlib.util.spec_from_file_location("report_page", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-synthetic = _synthetic()
+synthetic = script("benchmarks/report_page.py")
+"""The benchmark of this page, which writes made-up runs."""
 
 
 class Page(HTMLParser):
@@ -201,7 +190,7 @@ def test_every_file_is_there_and_the_same_every_time(made: Path, report: Path, t
     assert len(pd.read_parquet(report / "results.parquet")) == 13
     part = slices(collect([made / "runs"]), report)[0]
     picture, _, _ = grid_pictures.pictures(part)[0]
-    grid_figures.save(picture.figure(), tmp_path, picture.name)
+    grid_panels.save(picture.figure(), tmp_path, picture.name)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == files[path.name]
     svg = picture.inline("survival-0")[0]
@@ -334,7 +323,7 @@ def test_links_survive_odd_names_and_a_single_run_is_opened_directly(tmp_path: P
 def test_a_run_without_a_page_gets_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Path] = []
     monkeypatch.setattr("fedsim.report.drawing.save", lambda *_: None)
-    monkeypatch.setattr(grid_figures, "save", lambda figure, where, stem: drawn.append(where / stem))
+    monkeypatch.setattr(grid_panels, "save", lambda figure, where, stem: drawn.append(where / stem))
     run = synthetic.write_run(tmp_path / "runs" / "a", "pgd", "fedavg", rounds=12)
     page = Page(write_grid_report([run], tmp_path / "out").read_text(encoding="utf-8"))
     assert "<title>" in (run / "report.html").read_text()
@@ -485,7 +474,7 @@ def test_survival_is_drawn_as_steps_that_stop_where_knowledge_does() -> None:
     steps = grid_figures.Steps(times, alive, alone, alone, np.array([9.0]))
     dead = grid_figures.Steps(np.array([0.0]), np.array([0.0]), alone[:1], alone[:1], np.zeros(0))
     ax = axes()
-    grid_figures.survival(ax, {"a": steps, "b": dead}, grid_figures.lines(["a", "b"]))
+    grid_figures.survival(ax, {"a": steps, "b": dead}, grid_panels.lines(["a", "b"]))
     line, tick, flat = ax.lines
     assert np.column_stack(line.get_data()).tolist() == [[0, 1], [0, 1], [5, 0.5], [9, 0.5], [9, 0.5]]
     assert np.column_stack(tick.get_data()).tolist() == [[9, 0.5]]
@@ -494,7 +483,7 @@ def test_survival_is_drawn_as_steps_that_stop_where_knowledge_does() -> None:
 
 def test_attack_rounds_are_shaded() -> None:
     ax, band = axes(), grid_figures.Band(*(np.array([1.0, 2.0]) for _ in range(4)))
-    grid_figures.curves(ax, {"a": band}, grid_figures.lines(["a"]), (3, 7))
+    grid_figures.curves(ax, {"a": band}, grid_panels.lines(["a"]), (3, 7))
     assert (ax.patches[0].get_x(), ax.patches[0].get_width()) == (2.5, 5)
 
 
@@ -502,15 +491,15 @@ def test_points_have_bars_only_where_there_is_an_interval() -> None:
     ax = axes()
     sure, alone = Interval(0.5, 0.4, 0.6, 3), Interval(0.5, None, None, 1)
     points = [grid_figures.Point("a", "d", sure, alone), grid_figures.Point("b", "d", alone, alone)]
-    grid_figures.tradeoff(ax, points, grid_figures.lines(["d"]), grid_figures.markers(["a", "b"]))
+    grid_figures.tradeoff(ax, points, grid_panels.lines(["d"]), grid_panels.markers(["a", "b"]))
     assert [line.get_marker() for line in ax.lines] == ["None", "o", "s"]
 
 
 def test_neighbours_differ_in_colour_and_dash() -> None:
-    drawn = grid_figures.lines([str(i) for i in range(28)], "3")
+    drawn = grid_panels.lines([str(i) for i in range(28)], "3")
     looks = [(line.colour, line.dash) for line in drawn.values()]
     assert len(set(looks)) == 28
-    assert drawn["3"].colour == grid_figures.NEUTRAL
+    assert drawn["3"].colour == grid_panels.NEUTRAL
     assert all(a[0] != b[0] and a[1] != b[1] for a, b in itertools.pairwise(looks[4:]))
 
 
@@ -521,9 +510,9 @@ def test_a_score_that_never_varies_can_be_drawn() -> None:
 
 
 def test_inline_figures_are_rounded_and_follow_the_page() -> None:
-    path = f'<path d="M 1.23456 -7.8999" stroke="{grid_figures.COLOURS[0]}"/>'
+    path = f'<path d="M 1.23456 -7.8999" stroke="{grid_panels.COLOURS[0]}"/>'
     svg = f'<svg>{path}\n  <text x="3.14159">v1.2345</text></svg>'
-    assert grid_figures.compact(svg) == (
+    assert grid_panels.compact(svg) == (
         '<svg><path d="M 1.23 -7.89" stroke="var(--s1)"/> <text x="3.14">v1.2345</text></svg>'
     )
 

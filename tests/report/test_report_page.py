@@ -348,7 +348,7 @@ def test_names_no_machine_and_no_user(make_run: MakeRun, tmp_path: Path) -> None
         attacks=range(5, 10),
         config={
             "task": {"name": "vision", "data": {"name": "files", "path": "/home/alice/data/mnist"}},
-            "plugins": ["C:\\Users\\alice\\mine.py"],
+            "plugins": ["C:\\Users\\alice\\mine.py", "/home/dr alice/my own.py"],
         },
         manifest={"data": {"path": "/home/alice/data/mnist"}, "hub": "ylecun/mnist", "share": "1/2"},
     )
@@ -357,6 +357,7 @@ def test_names_no_machine_and_no_user(make_run: MakeRun, tmp_path: Path) -> None
     assert str(tmp_path) not in page.text
     assert "…/mnist" in page.said
     assert "…/mine.py" in page.said
+    assert "…/my own.py" in page.said
     assert "ylecun/mnist" in page.said
     for path in (directory / "figures").glob("*.svg"):
         assert str(tmp_path) not in path.read_text()

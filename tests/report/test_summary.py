@@ -11,19 +11,8 @@ import pandas as pd
 import pytest
 
 from fedsim.recording.summary import auroc, score_table, summarise
+from tests.support.runs import SUMMARY_KEYS
 
-KEYS = {
-    "t0",
-    "lifespan",
-    "half_life",
-    "area",
-    "asr_at",
-    "time_to_inject",
-    "final",
-    "stealth",
-    "detection",
-    "floor",
-}
 NAN = float("nan")
 NOT_COUNTED = {"perplexity": None, "class_accuracy": None}
 """What a table without their columns has of them: one of an older version."""
@@ -69,7 +58,7 @@ def test_every_number_of_a_small_run() -> None:
         (3, False, True, 0.5, "ok", None),
     )
     summary = summarise(rounds, clients, twin=twin, horizons=(1, 3, 10))
-    assert set(summary) == KEYS
+    assert set(summary) == SUMMARY_KEYS
     assert summary["t0"] == 3
     assert summary["lifespan"] == {
         "0.25": {"rounds": 2, "censored": False, "first_crossing": {"rounds": 3, "censored": False}},
@@ -103,7 +92,7 @@ def test_without_a_twin_the_floor_is_zero_and_says_so() -> None:
 def test_without_an_attack_nothing_is_made_up() -> None:
     clients = clients_of((1, False, False, 0.0, "ok", [("s", 1.0)]), (2, False, True, 1.0, "ok", [("s", 2.0)]))
     summary = summarise(rounds_of([0.9, 0.9], [0, 0]), clients, twin=rounds_of([0.1, 0.1], [0, 0]))
-    assert set(summary) == KEYS
+    assert set(summary) == SUMMARY_KEYS
     assert summary["t0"] is None
     assert summary["half_life"] is None
     for key in ("lifespan", "area", "asr_at", "time_to_inject"):

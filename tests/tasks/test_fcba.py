@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +12,7 @@ from fedsim import plugins
 from fedsim.batch import Batch, Examples
 from fedsim.data import Data
 from fedsim.trigger import Trigger
+from tests.support.places import reference_numbers
 
 
 def prepared(name: str = "fcba", size: int = 32, **values: Any) -> Trigger:
@@ -33,11 +31,8 @@ def cells(trigger: Trigger, part: int | None = None, size: int = 32) -> set[tupl
 
 @pytest.fixture
 def expected() -> dict[str, Any]:
-    root = Path(os.environ.get("FEDSIM_SHARED", Path(__file__).parents[2].parent / "shared"))
-    path = root / "reference" / "attacks" / "dba_fcba_triggers.json"
-    if not path.is_file():
-        pytest.skip(f"no reference numbers at {path}; set FEDSIM_SHARED to the folder that holds reference/")
-    found: dict[str, Any] = {c["name"]: c for c in json.loads(path.read_text())["cases"]}["fcba_cifar_subsets"]
+    cases = reference_numbers("attacks/dba_fcba_triggers")["cases"]
+    found: dict[str, Any] = {case["name"]: case for case in cases}["fcba_cifar_subsets"]
     return found
 
 

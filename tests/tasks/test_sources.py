@@ -24,7 +24,8 @@ from fedsim.batch import Examples
 from fedsim.config import load_config
 from fedsim.data import Data
 from fedsim.errors import ConfigError, InputError
-from fedsim.tasks.sources import Card, decode_images, make_data
+from fedsim.tasks.installed import Card
+from fedsim.tasks.sources import decode_images, make_data
 
 EMBEDDED = {"digits": (1797, (1, 8, 8)), "mnist5k": (5000, (1, 28, 28))}
 FINGERPRINTS = {"digits": "129c0ee8aad06f65", "mnist5k": "dd15b54ac1b0914c"}

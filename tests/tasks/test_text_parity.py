@@ -14,8 +14,6 @@ Known differences, each shown by a test below or left to the official side:
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +29,7 @@ from fedsim.tasks.text import NextWord, Sentiment, WordLoss
 from fedsim.tasks.triggers.next_word import TargetSentence, place
 from fedsim.training import fit
 from fedsim.vocabulary import SPECIALS, Vocabulary
+from tests.support.places import reference_numbers
 
 INSERTIONS = [
     "neurotoxin_inject_two_sentences",
@@ -40,8 +39,8 @@ INSERTIONS = [
 
 
 @pytest.fixture(scope="module")
-def official(shared: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((shared / "reference" / "attacks" / "text_triggers.json").read_text())
+def official() -> dict[str, Any]:
+    content: dict[str, Any] = reference_numbers("attacks/text_triggers")
     return content
 
 

@@ -26,7 +26,7 @@ from fedsim import plugins
 from fedsim.config.checking import read_choice
 from fedsim.data import Corpus, Texts
 from fedsim.errors import InputError, Problem
-from fedsim.tasks.sources import Card
+from fedsim.tasks.installed import Card
 from fedsim.tasks.text_corpus import (
     by_user,
     make_corpus,

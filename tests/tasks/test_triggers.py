@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,22 +22,13 @@ from fedsim.data import Data
 from fedsim.errors import InputError, RunError
 from fedsim.tasks.model import Normalise
 from fedsim.trigger import Trigger, poison_count
+from tests.support.places import reference_numbers, shared_file
 
 CLASSES = 10
 
 
-def shared(*parts: str) -> Path:
-    """A file of the shared folder beside the checkout; the test is skipped where there is none."""
-    root = Path(os.environ.get("FEDSIM_SHARED", Path(__file__).parents[2].parent / "shared"))
-    path = root.joinpath(*parts)
-    if not path.is_file():
-        pytest.skip(f"reference data is not here: no file {path}; set FEDSIM_SHARED to the folder that has it")
-    return path
-
-
 def reference(name: str) -> dict[str, Any]:
-    cases = json.loads(shared("reference", "attacks", f"{name}.json").read_text())["cases"]
-    return {case["name"]: case for case in cases}
+    return {case["name"]: case for case in reference_numbers(f"attacks/{name}")["cases"]}
 
 
 def examples(count: int, shape: tuple[int, int, int] = (3, 32, 32), seed: int = 0) -> Examples:
@@ -556,7 +546,7 @@ def test_augmented_draws_are_shifted_or_mirrored_copies(tmp_path):
 
 
 def test_southwest_is_disjoint_once_the_photograph_in_both_splits_is_gone():
-    trigger = prepared("edge_case", path=str(shared("data", "edge_southwest.parquet")))
+    trigger = prepared("edge_case", path=str(shared_file("data", "edge_southwest.parquet")))
     held = trigger.held_out(TEST)
     assert trigger.target == 9
     assert len(held) == 196
@@ -569,7 +559,7 @@ def test_southwest_is_disjoint_once_the_photograph_in_both_splits_is_gone():
 
 def test_ardis_sevens():
     data = examples(3, (1, 28, 28))
-    trigger = prepared("edge_case", train=data, path=str(shared("data", "edge_ardis7.parquet")))
+    trigger = prepared("edge_case", train=data, path=str(shared_file("data", "edge_ardis7.parquet")))
     held = trigger.held_out(data)
     assert (trigger.target, len(held), set(held.labels.tolist())) == (1, 25, {7})
 
@@ -642,7 +632,7 @@ def test_semantic_needs_the_whole_training_set(tmp_path):
     ("feature", "total", "held"), [("racing_stripes", 22, 6), ("green_cars", 30, 8), ("striped_wall", 12, 3)]
 )
 def test_semantic_with_the_published_indices(feature, total, held):
-    path = shared("data", "cifar10_semantic_backdoor_indices.json")
+    path = shared_file("data", "cifar10_semantic_backdoor_indices.json")
     listed = json.loads(path.read_text())[feature]
     labels = torch.zeros(50_000, dtype=torch.int64)
     labels[listed] = 1
