@@ -171,7 +171,8 @@ def _as_it_is(hint: Any, value: Any) -> bool:
     kind = type(value)
     if kind is str and "${" in value:
         return False
-    return kind in (bool, int, float, str, type(None)) and kind in (typing.get_args(hint) or (hint,))
+    either = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return kind in (bool, int, float, str, type(None)) and kind in either
 
 
 def _converted(hint: Any, default: Any, value: Any) -> Any:
