@@ -4,8 +4,8 @@
 
 Each defense aggregates one round of random float32 updates in a process of its own, which says how long it took and how
 much its resident memory grew beyond what it held before the matrix was made, at its peak, in multiples of the matrix
-(the matrix itself counts as one). The promise is about N = 100, D = 11 M and 24 GiB; the default is a tenth of that, which
-takes a minute or two and tells who is near the limit.
+(the matrix itself counts as one). The promise is about N = 100, D = 11 M and 24 GiB; the default is a tenth of that D,
+which takes some minutes and tells who is near the limit.
 
 Layers are those of a chain of linear layers; methods that run the network get few inputs, whose cost is time.
 """
