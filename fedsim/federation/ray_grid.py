@@ -170,6 +170,7 @@ class RayGrid(LocalGrid):
             return []
         shared, places = self._share(messages)
         round = _Round(shared, places, deque(self._calls(messages)))
+        self._see_started()
         self._hand_out(round)
         while round.running or round.waiting:
             self._wait(round)
@@ -325,6 +326,12 @@ class RayGrid(LocalGrid):
         slot.actor, slot.calls, slot.since = self._spawn(), [], time.monotonic()
         slot.starting = slot.actor.ready.remote()
         return [round.running.pop(ref)[1] for ref in lost]
+
+    def _see_started(self) -> None:
+        """Take note of the replacements that have come up since the round before, so that they get work at once."""
+        for slot in [slot for slot in self._slots if slot.starting is not None]:
+            if ray.wait([slot.starting], timeout=0)[0]:
+                self._started(slot)
 
     def _started(self, slot: _Slot) -> None:
         """Take note that a replacement is there; one that has died on the way is given up.
